@@ -1,0 +1,605 @@
+//! INFO: the gateway and its cluster in the sections and names of Redis, where these mean something here, and a section of our own.
+//!
+//! Memory is that of the process that was asked: `used_memory` is its resident set, as is `used_memory_rss`.
+
+use super::{Ask, Context, Next, Round, ShardRequest};
+use crate::clients::unix_ms;
+use crate::statistics::{ERROR_WORDS, spec_of_row};
+use std::fmt::{self, Write as _};
+use vasto_proto::REDIS_VERSION;
+use vasto_proto::command::table::StoreCommand;
+use vasto_proto::command::{Args, Reply};
+use vasto_proto::error::CommandError;
+use vasto_proto::id::KeyspaceId;
+
+/// A part of INFO, in the order in which they are shown.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Section {
+    Server,
+    Clients,
+    Memory,
+    Persistence,
+    Stats,
+    Replication,
+    Cpu,
+    Modules,
+    CommandStats,
+    ErrorStats,
+    LatencyStats,
+    Cluster,
+    Keyspace,
+    Vasto,
+}
+
+impl Section {
+    /// With the words that ask for each, and whether plain INFO shows it.
+    const ALL: [(Section, &'static str, bool); 14] = [
+        (Section::Server, "server", true),
+        (Section::Clients, "clients", true),
+        (Section::Memory, "memory", true),
+        (Section::Persistence, "persistence", true),
+        (Section::Stats, "stats", true),
+        (Section::Replication, "replication", true),
+        (Section::Cpu, "cpu", true),
+        (Section::Modules, "modules", true),
+        (Section::CommandStats, "commandstats", false),
+        (Section::ErrorStats, "errorstats", true),
+        (Section::LatencyStats, "latencystats", false),
+        (Section::Cluster, "cluster", true),
+        (Section::Keyspace, "keyspace", true),
+        (Section::Vasto, "vasto", true),
+    ];
+}
+
+/// The sections that the words ask for, each once and in their order.
+fn sections<'a>(words: impl Iterator<Item = &'a [u8]>) -> Vec<Section> {
+    let words: Vec<String> = words.map(|word| String::from_utf8_lossy(word).to_ascii_lowercase()).collect();
+    let asked = |name: &str| words.iter().any(|word| word == name);
+    let by_default = words.is_empty() || asked("default");
+    let all = asked("all") || asked("everything");
+    let chosen = Section::ALL.iter().filter(|(_, name, is_default)| all || by_default && *is_default || asked(name));
+    chosen.map(|(section, _, _)| *section).collect()
+}
+
+pub fn info(context: &mut Context<'_>, args: Args<'_>) -> Result<Next, CommandError> {
+    let sections = sections(args);
+    if sections.iter().any(|section| matches!(section, Section::Keyspace | Section::Vasto)) {
+        return Ok(Next::Ask(Box::new(Info { sections, keyspaces: Vec::new(), asked: Vec::new() })));
+    }
+    let text = render(context, &sections, &[]);
+    context.reply().verbatim(&text);
+    Ok(Next::Replied)
+}
+
+/// What the shards of one keyspace answered, added up.
+#[derive(Debug)]
+struct KeyspaceFigures {
+    id: KeyspaceId,
+    name: String,
+    shards: usize,
+    unreachable: usize,
+    /// Sums by name, in the order in which the stores name them.
+    sums: Vec<(String, i64)>,
+    /// Every shard that answered has counted its keys.
+    keys_exact: bool,
+}
+
+impl KeyspaceFigures {
+    fn sum(&self, name: &str) -> i64 {
+        self.sums.iter().find(|(known, _)| known == name).map_or(0, |(_, sum)| *sum)
+    }
+
+    fn add(&mut self, answer: &[u8]) {
+        let Some(figures) = shard_figures(answer) else {
+            self.unreachable += 1;
+            return;
+        };
+        let keys_expiring = figures.iter().find(|(name, _)| name == "expires").map_or(0, |(_, count)| *count);
+        for (name, value) in figures {
+            let value = match name.as_str() {
+                "keys_exact" => {
+                    self.keys_exact &= value != 0;
+                    continue;
+                }
+                // A mean; weighted by the keys that it is the mean of.
+                "avg_ttl" => value.saturating_mul(keys_expiring),
+                _ => value,
+            };
+            match self.sums.iter_mut().find(|(known, _)| *known == name) {
+                Some((_, sum)) => *sum = sum.saturating_add(value),
+                None => self.sums.push((name, value)),
+            }
+        }
+    }
+}
+
+/// Names and numbers of `_stats`: an array with one map.
+fn shard_figures(mut answer: &[u8]) -> Option<Vec<(String, i64)>> {
+    let Reply::Array(1) = Reply::take(&mut answer)? else {
+        return None;
+    };
+    let Reply::Map(count) = Reply::take(&mut answer)? else {
+        return None;
+    };
+    let figure = |_| match (Reply::take(&mut answer)?, Reply::take(&mut answer)?) {
+        (Reply::Bulk(name), Reply::Integer(value)) => Some((String::from_utf8_lossy(name).into_owned(), value)),
+        _ => None,
+    };
+    (0..count).map(figure).collect()
+}
+
+/// Asks every shard for its figures; one that fails is counted, and INFO answers all the same.
+#[derive(Debug)]
+struct Info {
+    sections: Vec<Section>,
+    keyspaces: Vec<KeyspaceFigures>,
+    /// Place in `keyspaces` of each request.
+    asked: Vec<usize>,
+}
+
+impl Ask for Info {
+    fn start(&mut self, context: &mut Context<'_>) -> Result<Vec<ShardRequest>, CommandError> {
+        let mut requests = Vec::new();
+        for record in &context.routing.snapshot.keyspaces {
+            let Some(routes) = context.routing.keyspace(record.id) else {
+                continue;
+            };
+            for target in routes.shard_keys() {
+                self.asked.push(self.keyspaces.len());
+                requests.push(ShardRequest { target, command: StoreCommand::InternalStats, arguments: Vec::new() });
+            }
+            self.keyspaces.push(KeyspaceFigures {
+                id: record.id,
+                name: record.name.clone(),
+                shards: record.shards.len(),
+                unreachable: 0,
+                sums: Vec::new(),
+                keys_exact: true,
+            });
+        }
+        Ok(requests)
+    }
+
+    fn next(&mut self, context: &mut Context<'_>, answers: Vec<Vec<u8>>) -> Result<Round, CommandError> {
+        for (place, answer) in self.asked.iter().zip(&answers) {
+            self.keyspaces[*place].add(answer);
+        }
+        let text = render(context, &self.sections, &self.keyspaces);
+        context.reply().verbatim(&text);
+        Ok(Round::Done)
+    }
+}
+
+/// The text of INFO while it grows.
+#[derive(Default)]
+struct Text(String);
+
+impl Text {
+    fn section(&mut self, title: &str) {
+        if !self.0.is_empty() {
+            self.0.push_str("\r\n");
+        }
+        let _ = write!(self.0, "# {title}\r\n");
+    }
+
+    fn field(&mut self, name: impl fmt::Display, value: impl fmt::Display) {
+        let _ = write!(self.0, "{name}:{value}\r\n");
+    }
+
+    fn zeros(&mut self, names: &[&str]) {
+        names.iter().for_each(|name| self.field(name, 0));
+    }
+
+    /// A number of bytes, and again for people.
+    fn bytes(&mut self, name: &str, bytes: u64) {
+        self.field(name, bytes);
+        self.field(format_args!("{name}_human"), human(bytes));
+    }
+}
+
+/// Bytes as Redis writes them for people: two decimals and a unit of 1024.
+fn human(bytes: u64) -> String {
+    const UNITS: [&str; 5] = ["K", "M", "G", "T", "P"];
+    if bytes < 1024 {
+        return format!("{bytes}B");
+    }
+    let mut amount = bytes as f64 / 1024.0;
+    let mut unit = 0;
+    while amount >= 1024.0 && unit + 1 < UNITS.len() {
+        amount /= 1024.0;
+        unit += 1;
+    }
+    format!("{amount:.2}{}", UNITS[unit])
+}
+
+fn render(context: &Context<'_>, sections: &[Section], keyspaces: &[KeyspaceFigures]) -> String {
+    let mut text = Text::default();
+    for section in sections {
+        match section {
+            Section::Server => server(&mut text, context),
+            Section::Clients => clients(&mut text, context),
+            Section::Memory => memory(&mut text, context),
+            Section::Persistence => persistence(&mut text, context),
+            Section::Stats => stats(&mut text, context),
+            Section::Replication => replication(&mut text, context),
+            Section::Cpu => cpu(&mut text),
+            Section::Modules => text.section("Modules"),
+            Section::CommandStats => command_stats(&mut text, context),
+            Section::ErrorStats => error_stats(&mut text, context),
+            Section::LatencyStats => latency_stats(&mut text, context),
+            Section::Cluster => {
+                text.section("Cluster");
+                text.field("cluster_enabled", 0);
+            }
+            Section::Keyspace => keyspace(&mut text, keyspaces),
+            Section::Vasto => vasto(&mut text, context, keyspaces),
+        }
+    }
+    text.0
+}
+
+fn read_line(path: &str) -> String {
+    std::fs::read_to_string(path).map(|text| text.trim().to_owned()).unwrap_or_default()
+}
+
+fn server(text: &mut Text, context: &Context<'_>) {
+    let shared = context.shared;
+    let uptime = shared.started.elapsed().as_secs();
+    let kernel = [
+        read_line("/proc/sys/kernel/ostype"),
+        read_line("/proc/sys/kernel/osrelease"),
+        std::env::consts::ARCH.to_owned(),
+    ];
+    let executable = std::env::current_exe().map(|path| path.display().to_string()).unwrap_or_default();
+    let micros = shared.started_at.elapsed().unwrap_or_default();
+    let started_us = shared.started_at.duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    text.section("Server");
+    text.field("redis_version", REDIS_VERSION);
+    text.field("redis_git_sha1", "00000000");
+    text.field("redis_git_dirty", 0);
+    text.field("redis_build_id", 0);
+    text.field("redis_mode", "standalone");
+    text.field("os", kernel.join(" "));
+    text.field("arch_bits", usize::BITS);
+    text.field("multiplexing_api", "epoll");
+    text.field("process_id", std::process::id());
+    text.field("process_supervised", "no");
+    text.field("run_id", &shared.run_id);
+    text.field("tcp_port", shared.settings.text("port"));
+    text.field("server_time_usec", (started_us + micros).as_micros());
+    text.field("uptime_in_seconds", uptime);
+    text.field("uptime_in_days", uptime / 86400);
+    text.field("hz", shared.settings.text("hz"));
+    text.field("configured_hz", shared.settings.text("hz"));
+    text.field("lru_clock", (unix_ms() / 1000) & 0xff_ffff);
+    text.field("executable", executable);
+    text.field("config_file", "");
+    text.field("io_threads_active", 0);
+    text.field("vasto_version", env!("CARGO_PKG_VERSION"));
+}
+
+fn clients(text: &mut Text, context: &Context<'_>) {
+    let all = context.shared.clients.all();
+    let largest =
+        |of: fn(&crate::clients::ClientRecord) -> usize| all.iter().map(|client| of(client)).max().unwrap_or(0);
+    text.section("Clients");
+    text.field("connected_clients", context.shared.clients.count());
+    text.field("cluster_connections", 0);
+    text.field("maxclients", context.shared.settings.maxclients());
+    text.field("client_recent_max_input_buffer", largest(|client| client.query_bytes()));
+    text.field("client_recent_max_output_buffer", largest(|client| client.output_bytes()));
+    text.zeros(&["blocked_clients", "tracking_clients", "clients_in_timeout_table"]);
+}
+
+/// Bytes of a `name: n kB` line.
+fn kilobytes(file: &str, name: &str) -> Option<u64> {
+    let line = file.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kilobytes| kilobytes * 1024)
+}
+
+fn memory(text: &mut Text, context: &Context<'_>) {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let resident = kilobytes(&status, "VmRSS").unwrap_or(0);
+    let peak = kilobytes(&status, "VmHWM").unwrap_or(resident);
+    let total = kilobytes(&std::fs::read_to_string("/proc/meminfo").unwrap_or_default(), "MemTotal").unwrap_or(0);
+    let settings = &context.shared.settings;
+    text.section("Memory");
+    text.bytes("used_memory", resident);
+    text.bytes("used_memory_rss", resident);
+    text.bytes("used_memory_peak", peak);
+    text.field("used_memory_peak_perc", format_args!("{:.2}%", resident as f64 * 100.0 / peak.max(1) as f64));
+    text.bytes("total_system_memory", total);
+    text.bytes("used_memory_lua", 0);
+    text.bytes("used_memory_scripts", 0);
+    text.bytes("maxmemory", settings.text("maxmemory").parse().unwrap_or(0));
+    text.field("maxmemory_policy", settings.text("maxmemory-policy"));
+    text.field("mem_fragmentation_ratio", "1.00");
+    text.field("mem_fragmentation_bytes", 0);
+    text.field(
+        "mem_clients_normal",
+        context.shared.clients.all().iter().map(|client| client.query_bytes() + client.output_bytes()).sum::<usize>(),
+    );
+    text.field("mem_allocator", "mimalloc");
+    text.zeros(&["active_defrag_running", "lazyfree_pending_objects", "lazyfreed_objects"]);
+}
+
+fn persistence(text: &mut Text, context: &Context<'_>) {
+    let started = context.shared.started_at.duration_since(std::time::UNIX_EPOCH).unwrap_or_default().as_secs();
+    text.section("Persistence");
+    text.zeros(&["loading", "async_loading", "rdb_changes_since_last_save", "rdb_bgsave_in_progress"]);
+    text.field("rdb_last_save_time", started);
+    text.field("rdb_last_bgsave_status", "ok");
+    text.field("rdb_last_bgsave_time_sec", -1);
+    text.field("rdb_current_bgsave_time_sec", -1);
+    text.field("rdb_saves", 0);
+    text.field("aof_enabled", 1);
+    text.zeros(&["aof_rewrite_in_progress", "aof_rewrite_scheduled"]);
+    text.field("aof_last_rewrite_time_sec", -1);
+    text.field("aof_current_rewrite_time_sec", -1);
+    text.field("aof_last_bgrewrite_status", "ok");
+    text.field("aof_last_write_status", "ok");
+}
+
+fn stats(text: &mut Text, context: &Context<'_>) {
+    let figures = context.shared.statistics.figures();
+    let rates = context.shared.statistics.rates();
+    text.section("Stats");
+    text.field("total_connections_received", figures.connections_received);
+    text.field("total_commands_processed", figures.commands_processed());
+    text.field("instantaneous_ops_per_sec", rates.commands.round());
+    text.field("total_net_input_bytes", figures.input_bytes);
+    text.field("total_net_output_bytes", figures.output_bytes);
+    text.zeros(&["total_net_repl_input_bytes", "total_net_repl_output_bytes"]);
+    text.field("instantaneous_input_kbps", format_args!("{:.2}", rates.input_bytes / 1024.0));
+    text.field("instantaneous_output_kbps", format_args!("{:.2}", rates.output_bytes / 1024.0));
+    text.field("rejected_connections", figures.connections_rejected);
+    text.zeros(&[
+        "sync_full",
+        "sync_partial_ok",
+        "sync_partial_err",
+        "expired_keys",
+        "evicted_keys",
+        "evicted_clients",
+    ]);
+    text.zeros(&[
+        "keyspace_hits",
+        "keyspace_misses",
+        "pubsub_channels",
+        "pubsub_patterns",
+        "pubsubshard_channels",
+        "latest_fork_usec",
+    ]);
+    text.zeros(&[
+        "total_forks",
+        "migrate_cached_sockets",
+        "tracking_total_keys",
+        "tracking_total_items",
+        "unexpected_error_replies",
+    ]);
+    text.field("total_error_replies", figures.error_replies());
+}
+
+fn replication(text: &mut Text, context: &Context<'_>) {
+    text.section("Replication");
+    text.field("role", "master");
+    text.field("connected_slaves", 0);
+    text.field("master_failover_state", "no-failover");
+    text.field("master_replid", &context.shared.run_id);
+    text.field("master_replid2", "0".repeat(40));
+    text.field("master_repl_offset", 0);
+    text.field("second_repl_offset", -1);
+    text.zeros(&["repl_backlog_active", "repl_backlog_size", "repl_backlog_first_byte_offset", "repl_backlog_histlen"]);
+}
+
+/// The unit of the times in `/proc/self/stat`: the kernel gives user space hundredths of a second on every architecture that we run on.
+const TICKS_PER_SECOND: f64 = 100.0;
+
+fn cpu(text: &mut Text) {
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    // The second field, the name, may hold blanks; behind its closing bracket, utime is the 12th field and the others follow.
+    let fields: Vec<&str> =
+        stat.rsplit_once(')').map(|(_, rest)| rest.split_ascii_whitespace().collect()).unwrap_or_default();
+    let seconds =
+        |place: usize| fields.get(place).and_then(|ticks| ticks.parse::<f64>().ok()).unwrap_or(0.0) / TICKS_PER_SECOND;
+    text.section("CPU");
+    for (name, place) in
+        [("used_cpu_sys", 12), ("used_cpu_user", 11), ("used_cpu_sys_children", 14), ("used_cpu_user_children", 13)]
+    {
+        text.field(name, format_args!("{:.6}", seconds(place)));
+    }
+}
+
+fn command_stats(text: &mut Text, context: &Context<'_>) {
+    text.section("Commandstats");
+    for (row, figures) in context.shared.statistics.figures().commands.iter().enumerate() {
+        if figures.calls == 0 && figures.rejected == 0 {
+            continue;
+        }
+        let per_call = figures.micros as f64 / figures.calls.max(1) as f64;
+        text.field(
+            format_args!("cmdstat_{}", spec_of_row(row).name),
+            format_args!(
+                "calls={},usec={},usec_per_call={per_call:.2},rejected_calls={},failed_calls={}",
+                figures.calls, figures.micros, figures.rejected, figures.failed
+            ),
+        );
+    }
+}
+
+fn error_stats(text: &mut Text, context: &Context<'_>) {
+    text.section("Errorstats");
+    for (word, count) in ERROR_WORDS.iter().zip(context.shared.statistics.figures().errors) {
+        if count > 0 {
+            text.field(format_args!("errorstat_{word}"), format_args!("count={count}"));
+        }
+    }
+}
+
+fn latency_stats(text: &mut Text, context: &Context<'_>) {
+    text.section("Latencystats");
+    if !context.shared.settings.latency_tracking() {
+        return;
+    }
+    let percentiles = context.shared.settings.latency_percentiles();
+    for (row, figures) in context.shared.statistics.figures().commands.iter().enumerate() {
+        if figures.calls == 0 {
+            continue;
+        }
+        let shown: Vec<String> = percentiles
+            .iter()
+            .map(|percentile| format!("p{percentile}={:.3}", figures.percentile_micros(*percentile) as f64))
+            .collect();
+        text.field(format_args!("latency_percentiles_usec_{}", spec_of_row(row).name), shown.join(","));
+    }
+}
+
+fn keyspace(text: &mut Text, keyspaces: &[KeyspaceFigures]) {
+    text.section("Keyspace");
+    for keyspace in keyspaces.iter().filter(|keyspace| keyspace.sum("keys") > 0) {
+        let expires = keyspace.sum("expires");
+        let avg_ttl = if expires > 0 { keyspace.sum("avg_ttl") / expires } else { 0 };
+        text.field(
+            format_args!("db{}", keyspace.name),
+            format_args!("keys={},expires={expires},avg_ttl={avg_ttl}", keyspace.sum("keys")),
+        );
+    }
+}
+
+fn vasto(text: &mut Text, context: &Context<'_>, keyspaces: &[KeyspaceFigures]) {
+    let snapshot = &context.routing.snapshot;
+    let chosen = snapshot.keyspace(context.session.keyspace);
+    text.section("Vasto");
+    text.field("vasto_cluster", snapshot.cluster);
+    text.field("vasto_topology_version", snapshot.version);
+    text.field("vasto_waiting_for", &snapshot.waiting_for);
+    text.field("vasto_keyspace", chosen.map_or("", |keyspace| &keyspace.name));
+    text.field("vasto_stores", snapshot.stores.len());
+    text.field("vasto_stores_up", snapshot.stores.iter().filter(|store| store.up).count());
+    text.field("vasto_keyspaces", snapshot.keyspaces.len());
+    text.field("vasto_shards", keyspaces.iter().map(|keyspace| keyspace.shards).sum::<usize>());
+    text.field("vasto_shards_unreachable", keyspaces.iter().map(|keyspace| keyspace.unreachable).sum::<usize>());
+    for keyspace in keyspaces {
+        let dbsize = if keyspace.keys_exact && keyspace.unreachable == 0 { "exact" } else { "estimate" };
+        let _ = write!(
+            text.0,
+            "vasto_keyspace_{}:id={},shards={},dbsize={dbsize}",
+            keyspace.name, keyspace.id, keyspace.shards
+        );
+        for (name, sum) in keyspace.sums.iter().filter(|(name, _)| name != "avg_ttl") {
+            let _ = write!(text.0, ",{name}={sum}");
+        }
+        text.0.push_str("\r\n");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::command::harness::{Harness, packed};
+    use crate::statistics::Statistics;
+    use vasto_proto::command::table::Command;
+
+    fn figures(request: &ShardRequest) -> Vec<u8> {
+        let keys = 10 * (1 + i64::from(request.target.shard.0));
+        packed(|reply| {
+            reply.array(1);
+            reply.map(5);
+            for (name, value) in
+                [("keys", keys), ("keys_exact", 1), ("expires", 2), ("avg_ttl", 1000 * keys), ("disk_bytes", 7)]
+            {
+                reply.bulk(name.as_bytes());
+                reply.integer(value);
+            }
+        })
+    }
+
+    #[test]
+    fn sections_are_chosen_as_redis_chooses_them() {
+        let chosen = |words: &[&str]| sections(words.iter().map(|word| word.as_bytes()));
+        assert_eq!(chosen(&["CLUSTER", "server", "cluster"]), [Section::Server, Section::Cluster]);
+        assert_eq!(chosen(&["nosuch"]), []);
+        assert_eq!(chosen(&["all"]).len(), Section::ALL.len());
+        assert_eq!(chosen(&[]), chosen(&["default"]));
+        assert!(!chosen(&[]).contains(&Section::CommandStats));
+        assert!(chosen(&["default", "commandstats"]).contains(&Section::CommandStats));
+    }
+
+    #[test]
+    fn what_needs_no_shard_asks_none() {
+        let mut harness = Harness::new();
+        assert_eq!(harness.run("INFO cluster"), r##"txt:"# Cluster\r\ncluster_enabled:0\r\n""##);
+        assert_eq!(harness.run("INFO nosuch"), r#"txt:"""#);
+        let server = harness.run("INFO server clients memory stats replication cpu");
+        for field in [
+            "redis_version:7.0.15\\r\\n",
+            "redis_mode:standalone",
+            "arch_bits:64",
+            "tcp_port:6379",
+            "connected_clients:1",
+            "blocked_clients:0",
+            "used_memory:",
+            "role:master",
+            "used_cpu_user:",
+            "# Stats",
+        ] {
+            assert!(server.contains(field), "{field} in {server}");
+        }
+    }
+
+    #[test]
+    fn figures_of_shards_are_added_up_and_a_missing_shard_is_counted() {
+        let mut harness = Harness::new();
+        let text = harness.run_with("INFO keyspace vasto", &mut figures);
+        assert!(
+            text.contains(
+                "# Keyspace\\r\\ndb0:keys=60,expires=6,avg_ttl=20000\\r\\ndbusers:keys=10,expires=2,avg_ttl=10000\\r\\n"
+            ),
+            "{text}"
+        );
+        assert!(text.contains("vasto_stores:2\\r\\nvasto_stores_up:1\\r\\nvasto_keyspaces:2\\r\\nvasto_shards:4\\r\\nvasto_shards_unreachable:0\\r\\n"), "{text}");
+        assert!(
+            text.contains("vasto_keyspace_0:id=0,shards=3,dbsize=exact,keys=60,expires=6,disk_bytes=21\\r\\n"),
+            "{text}"
+        );
+        let text = harness.run_with("INFO", &mut |request| match request.target.shard.0 {
+            1 => packed(|reply| reply.error("CLUSTERDOWN x")),
+            _ => figures(request),
+        });
+        assert!(
+            text.contains("vasto_shards_unreachable:1\\r\\nvasto_keyspace_0:id=0,shards=3,dbsize=estimate,keys=40,"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn commands_and_errors_are_counted() {
+        let mut harness = Harness::new();
+        let get = Command::Store(StoreCommand::Get);
+        for micros in [1, 3, 8] {
+            harness.shared.statistics.command(get, micros, micros == 8);
+        }
+        harness.shared.statistics.rejected(get);
+        harness.shared.statistics.error(b"WRONGTYPE x");
+        let text = harness.run("INFO commandstats errorstats latencystats stats");
+        for line in [
+            "cmdstat_get:calls=3,usec=12,usec_per_call=4.00,rejected_calls=1,failed_calls=1\\r\\n",
+            "errorstat_WRONGTYPE:count=1\\r\\n",
+            "latency_percentiles_usec_get:p50=4.000,p99=16.000,p99.9=16.000\\r\\n",
+            "total_commands_processed:3\\r\\n",
+            "total_error_replies:1\\r\\n",
+        ] {
+            assert!(text.contains(line), "{line} in {text}");
+        }
+        harness.shared.statistics = Statistics::new();
+        assert!(harness.run("INFO stats").contains("total_commands_processed:0\\r\\n"));
+    }
+
+    #[test]
+    fn bytes_are_written_for_people_as_redis_does() {
+        for (bytes, text) in
+            [(0, "0B"), (1023, "1023B"), (32768, "32.00K"), (2029768, "1.94M"), (25325268992, "23.59G")]
+        {
+            assert_eq!(human(bytes), text);
+        }
+    }
+}

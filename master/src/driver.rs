@@ -1,0 +1,216 @@
+//! Owns the state: feeds it what sessions report and the passing of time, sends what it decides, publishes its snapshots.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use metrics::{counter, gauge};
+use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, MissedTickBehavior};
+use tokio_util::sync::CancellationToken;
+use tonic::Status;
+use tracing::{info, warn};
+use vasto_proto::pb;
+use vasto_proto::topology::Snapshot;
+
+use crate::state::{Action, Effect, Event, Refusal, Report, SessionId, State};
+
+/// How often silence is looked for: a store is found down at most so much later than the limit says.
+const TICK: Duration = Duration::from_millis(250);
+
+/// Events that wait for the driver: a heartbeat each from more stores than a cluster has. When it is full, sessions wait.
+const EVENT_QUEUE_MAX: usize = 1024;
+
+/// Directives that wait for one store: all records and some acknowledgements. A store that lets them pile up does not
+/// read its stream: its session ends, and it starts afresh with the next one.
+const DIRECTIVE_QUEUE_MAX: usize = 64;
+
+/// What a store's stream gets: directives, and at last perhaps why it ends.
+pub type Directives = mpsc::Receiver<Result<pb::Directive, Status>>;
+type DirectiveSender = mpsc::Sender<Result<pb::Directive, Status>>;
+
+enum Input {
+    Opened { session: SessionId, directives: DirectiveSender },
+    Reported { session: SessionId, report: Report },
+    Ended { session: SessionId, reason: Option<Status> },
+}
+
+/// The way to the driver for the rpc module.
+#[derive(Debug)]
+pub struct Link {
+    inputs: mpsc::Sender<Input>,
+    sessions: std::sync::atomic::AtomicU64,
+    topology: watch::Receiver<Arc<Snapshot>>,
+}
+
+/// The driver has stopped.
+#[derive(Debug)]
+pub struct Stopped;
+
+impl Link {
+    pub async fn open_session(&self) -> Result<(SessionId, Directives), Stopped> {
+        let session = SessionId(self.sessions.fetch_add(1, std::sync::atomic::Ordering::Relaxed));
+        let (directives, receiver) = mpsc::channel(DIRECTIVE_QUEUE_MAX);
+        self.send(Input::Opened { session, directives }).await?;
+        Ok((session, receiver))
+    }
+
+    pub async fn report(&self, session: SessionId, report: Report) -> Result<(), Stopped> {
+        self.send(Input::Reported { session, report }).await
+    }
+
+    /// The store's stream ends; `reason` tells it why if the fault was its own.
+    pub async fn end_session(&self, session: SessionId, reason: Option<Status>) -> Result<(), Stopped> {
+        self.send(Input::Ended { session, reason }).await
+    }
+
+    /// The snapshot as it is now, and a notice of each change; whoever is slow sees the latest.
+    pub fn topology(&self) -> watch::Receiver<Arc<Snapshot>> {
+        self.topology.clone()
+    }
+
+    async fn send(&self, input: Input) -> Result<(), Stopped> {
+        self.inputs.send(input).await.map_err(|_| Stopped)
+    }
+}
+
+pub struct Driver {
+    state: State,
+    inputs: mpsc::Receiver<Input>,
+    directives: HashMap<SessionId, DirectiveSender>,
+    topology: watch::Sender<Arc<Snapshot>>,
+    shutdown: CancellationToken,
+}
+
+impl Driver {
+    pub fn new(state: State, shutdown: CancellationToken) -> (Self, Link) {
+        let (sender, inputs) = mpsc::channel(EVENT_QUEUE_MAX);
+        let (topology, receiver) = watch::channel(Arc::new(state.snapshot().clone()));
+        let link = Link { inputs: sender, sessions: 1.into(), topology: receiver };
+        (Self { state, inputs, directives: HashMap::new(), topology, shutdown }, link)
+    }
+
+    /// Runs until shutdown; then every session and watcher sees the end of its stream.
+    pub async fn run(mut self) {
+        let start = Instant::now();
+        let mut ticks = tokio::time::interval(TICK);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        info!(waiting_for = self.state.snapshot().waiting_for, "no keyspace yet");
+        loop {
+            // All three are cancel safe.
+            let event = tokio::select! {
+                () = self.shutdown.cancelled() => return,
+                input = self.inputs.recv() => match input {
+                    Some(Input::Opened { session, directives }) => {
+                        self.directives.insert(session, directives);
+                        continue;
+                    }
+                    Some(Input::Reported { session, report }) => {
+                        // What a session sent before it was ended by us is not heard any more.
+                        if !self.directives.contains_key(&session) {
+                            continue;
+                        }
+                        if !report.failure.is_empty() {
+                            warn!(store = %report.store, failure = report.failure, "a store could not carry out a directive");
+                        }
+                        counter!("vasto_master_reports_total").increment(1);
+                        Event::Reported { session, report }
+                    }
+                    Some(Input::Ended { session, reason }) => {
+                        if let Some((directives, reason)) = self.directives.remove(&session).zip(reason) {
+                            // A full queue loses the reason, not the end.
+                            let _ = directives.try_send(Err(reason));
+                        }
+                        Event::SessionEnded { session }
+                    }
+                    None => return,
+                },
+                _ = ticks.tick() => Event::TimePassed,
+            };
+            self.apply(event, start.elapsed());
+        }
+    }
+
+    fn apply(&mut self, event: Event, now: Duration) {
+        let mut effects = self.state.apply(event, now);
+        while !effects.is_empty() {
+            let mut lost = Vec::new();
+            for effect in effects {
+                if !self.send(&effect) {
+                    lost.push(effect.session);
+                }
+            }
+            effects = Vec::new();
+            for session in lost {
+                if self.directives.remove(&session).is_some() {
+                    effects.extend(self.state.apply(Event::SessionEnded { session }, now));
+                }
+            }
+        }
+        self.publish();
+    }
+
+    /// Whether the session goes on.
+    fn send(&mut self, effect: &Effect) -> bool {
+        let session = effect.session;
+        let Some(directives) = self.directives.get(&session) else {
+            return false;
+        };
+        let kind = match &effect.action {
+            Action::Acknowledge => pb::directive::Kind::HeartbeatAck(pb::HeartbeatAck {}),
+            Action::PutRecord(record) => pb::directive::Kind::PutRecord(record.into()),
+            Action::Welcome(cluster) => pb::directive::Kind::Welcome(pb::Welcome { cluster_id: cluster.0 }),
+            Action::Refuse(refusal) => {
+                match refusal {
+                    Refusal::Replaced { .. } => info!("{refusal}"),
+                    Refusal::OtherCluster { .. }
+                    | Refusal::StoreTaken { .. }
+                    | Refusal::OtherRecord { .. }
+                    | Refusal::OtherStore { .. }
+                    | Refusal::Incomplete { .. } => warn!("{refusal}"),
+                }
+                counter!("vasto_master_refusals_total").increment(1);
+                // A full queue loses the reason, not the end.
+                let _ = directives.try_send(Err(Status::failed_precondition(refusal.to_string())));
+                self.directives.remove(&session);
+                return true;
+            }
+        };
+        directives.try_send(Ok(pb::Directive { kind: Some(kind) })).is_ok()
+    }
+
+    fn publish(&mut self) {
+        let snapshot = self.state.snapshot();
+        let before = self.topology.borrow().clone();
+        if before.version == snapshot.version {
+            return;
+        }
+        log_changes(&before, snapshot);
+        gauge!("vasto_master_stores").set(snapshot.stores.len() as f64);
+        gauge!("vasto_master_stores_up").set(snapshot.stores.iter().filter(|store| store.up).count() as f64);
+        gauge!("vasto_master_keyspaces").set(snapshot.keyspaces.len() as f64);
+        gauge!("vasto_master_topology_version").set(snapshot.version as f64);
+        self.topology.send_replace(Arc::new(snapshot.clone()));
+    }
+}
+
+fn log_changes(before: &Snapshot, after: &Snapshot) {
+    for store in &after.stores {
+        let was_up = before.store(store.id).is_some_and(|before| before.up);
+        match (was_up, store.up) {
+            (false, true) => info!(store = %store.id, address = store.address, "store up"),
+            (true, false) => warn!(store = %store.id, address = store.address, "store down"),
+            (true, true) | (false, false) => {}
+        }
+    }
+    for keyspace in &after.keyspaces {
+        let known = before.keyspace(keyspace.id).map(|before| before.epoch);
+        if known != Some(keyspace.epoch) {
+            let shards = keyspace.shards.len();
+            info!(keyspace = keyspace.name, epoch = %keyspace.epoch, shards, cluster = %after.cluster, "keyspace served");
+        }
+    }
+    if before.waiting_for != after.waiting_for && !after.waiting_for.is_empty() {
+        info!(waiting_for = after.waiting_for, "no keyspace yet");
+    }
+}

@@ -1,0 +1,110 @@
+//! The master's gRPC services: sessions of stores, and the topology as a stream.
+
+use std::pin::Pin;
+use std::sync::Arc;
+
+use futures_util::{Stream, StreamExt};
+use tokio_stream::wrappers::{ReceiverStream, WatchStream};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tonic::{Request, Response, Status, Streaming};
+use tracing::debug;
+use vasto_proto::id::{ClusterId, StoreId};
+use vasto_proto::pb::master_server::{Master, MasterServer};
+use vasto_proto::topology::{KeyspaceRecord, RecordError};
+use vasto_proto::{PROTOCOL_VERSION, net, pb};
+
+use crate::driver::{Link, Stopped};
+use crate::state::{Report, SessionId};
+
+pub struct Service {
+    link: Arc<Link>,
+    /// One task per store's session.
+    sessions: TaskTracker,
+    shutdown: CancellationToken,
+}
+
+impl Service {
+    pub fn new(link: Arc<Link>, shutdown: CancellationToken) -> Self {
+        Self { link, sessions: TaskTracker::new(), shutdown }
+    }
+
+    /// The tasks that are to be awaited when the server has ended.
+    pub fn sessions(&self) -> TaskTracker {
+        self.sessions.clone()
+    }
+
+    pub fn into_server(self) -> MasterServer<Self> {
+        MasterServer::new(self).max_decoding_message_size(net::MESSAGE_BYTES_MAX)
+    }
+}
+
+type ResponseStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl Master for Service {
+    type RegisterStream = ResponseStream<pb::Directive>;
+
+    async fn register(
+        &self,
+        request: Request<Streaming<pb::StoreReport>>,
+    ) -> Result<Response<Self::RegisterStream>, Status> {
+        let (session, directives) = self.link.open_session().await.map_err(stopping)?;
+        let reports = request.into_inner();
+        let (link, shutdown) = (Arc::clone(&self.link), self.shutdown.clone());
+        self.sessions.spawn(async move {
+            let read = read_reports(&link, session, reports);
+            let reason = shutdown.run_until_cancelled(read).await.and_then(Result::err);
+            debug!(session = session.0, ?reason, "session ended");
+            // After shutdown nobody listens any more.
+            let _ = link.end_session(session, reason).await;
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(directives))))
+    }
+
+    type WatchTopologyStream = ResponseStream<pb::Topology>;
+
+    async fn watch_topology(
+        &self,
+        request: Request<pb::WatchRequest>,
+    ) -> Result<Response<Self::WatchTopologyStream>, Status> {
+        require_version(request.get_ref().protocol_version)?;
+        let snapshots = WatchStream::new(self.link.topology());
+        Ok(Response::new(Box::pin(snapshots.map(|snapshot| Ok(pb::Topology::from(snapshot.as_ref()))))))
+    }
+}
+
+/// Hands reports to the driver until the stream ends.
+async fn read_reports(link: &Link, session: SessionId, mut reports: Streaming<pb::StoreReport>) -> Result<(), Status> {
+    while let Some(message) = reports.message().await? {
+        require_version(message.protocol_version)?;
+        let report = parse_report(message).map_err(|error| Status::invalid_argument(error.to_string()))?;
+        link.report(session, report).await.map_err(stopping)?;
+    }
+    Ok(())
+}
+
+fn parse_report(message: pb::StoreReport) -> Result<Report, RecordError> {
+    let records = message.records.into_iter().map(KeyspaceRecord::try_from).collect::<Result<Vec<_>, _>>()?;
+    Ok(Report {
+        store: StoreId(message.store_id),
+        address: message.address,
+        cluster: ClusterId(message.cluster_id),
+        records: message.has_records.then_some(records),
+        free_disk_bytes: message.free_disk_bytes,
+        failure: message.failure,
+    })
+}
+
+/// Adjacent versions work together, so that a cluster can be upgraded one process after the other.
+fn require_version(theirs: u32) -> Result<(), Status> {
+    if theirs.abs_diff(PROTOCOL_VERSION) <= 1 {
+        return Ok(());
+    }
+    let text = format!("protocol version {theirs} does not work with this master's version {PROTOCOL_VERSION}");
+    Err(Status::failed_precondition(text))
+}
+
+fn stopping(_: Stopped) -> Status {
+    Status::unavailable("the master is stopping")
+}

@@ -1,0 +1,804 @@
+//! What the master knows and decides: events in, directives and snapshots out. No clock, no chance, no I/O.
+//!
+//! Invariants:
+//! - Keyspace `0` is created only while no store has reported a record or a cluster id.
+//! - A store gets its cluster id after all records, so that one with a cluster id and no record never comes from an
+//!   interrupted bootstrap: somewhere there are stores that hold the records, and the master waits for them.
+//! - Until a record changes for the first time, the cluster id is a function of it: a master that takes over an interrupted
+//!   bootstrap arrives at the same id.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fmt::Write as _;
+use std::time::Duration;
+
+use thiserror::Error;
+use vasto_proto::id::{ClusterId, Epoch, KeyspaceId, StoreId};
+use vasto_proto::slot::splitmix64;
+use vasto_proto::topology::{KeyspaceRecord, Snapshot, StoreInfo};
+
+use crate::place;
+
+/// The keyspace that an empty cluster starts with; what `SELECT 0` means.
+const FIRST_KEYSPACE: KeyspaceId = KeyspaceId(0);
+const FIRST_KEYSPACE_NAME: &str = "0";
+
+/// After a store could not carry out a directive: long enough not to flood its log, short enough to see a disk freed.
+const RETRY_PAUSE: Duration = Duration::from_secs(1);
+
+/// Free disk is published when it differs by this part of what was published, or by this many bytes if that is more:
+/// every heartbeat carries a new figure, and gateways need not hear of each.
+const FREE_DISK_PART: u64 = 64;
+const FREE_DISK_STEP_BYTES: u64 = 64 << 20;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    pub bootstrap_shards: u16,
+    pub bootstrap_stores: usize,
+    pub silence_max: Duration,
+}
+
+/// One stream from a store, numbered by the driver.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SessionId(pub u64);
+
+/// What a store says of itself; validated.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Report {
+    pub store: StoreId,
+    pub address: String,
+    pub cluster: ClusterId,
+    /// All records on its disk; a heartbeat leaves them out.
+    pub records: Option<Vec<KeyspaceRecord>>,
+    pub free_disk_bytes: u64,
+    /// Why a directive could not be carried out; else empty.
+    pub failure: String,
+}
+
+#[derive(Clone, Debug)]
+pub enum Event {
+    Reported { session: SessionId, report: Report },
+    SessionEnded { session: SessionId },
+    TimePassed,
+}
+
+/// What is to be sent to one store.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Effect {
+    pub session: SessionId,
+    pub action: Action,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    Acknowledge,
+    PutRecord(KeyspaceRecord),
+    Welcome(ClusterId),
+    /// The session ends with this; its end is not reported as an event any more.
+    Refuse(Refusal),
+}
+
+/// Why a store's session ends.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+pub enum Refusal {
+    #[error("store {store} belongs to cluster {theirs}, but this master leads cluster {ours}")]
+    OtherCluster { store: StoreId, theirs: ClusterId, ours: ClusterId },
+    #[error("store id {store} is in use by the store at {address}; a copied data folder cannot join")]
+    StoreTaken { store: StoreId, address: String },
+    #[error("store {store} holds another record of keyspace {keyspace} with the same epoch {epoch}")]
+    OtherRecord { store: StoreId, keyspace: KeyspaceId, epoch: Epoch },
+    #[error("the session of store {first} reports store {second}")]
+    OtherStore { first: StoreId, second: StoreId },
+    #[error("the first report of store {store} lacks its {lacking}")]
+    Incomplete { store: StoreId, lacking: &'static str },
+    #[error("store {store} has opened another session")]
+    Replaced { store: StoreId },
+}
+
+#[derive(Debug)]
+pub struct State {
+    limits: Limits,
+    cluster: ClusterId,
+    members: BTreeMap<StoreId, Member>,
+    sessions: HashMap<SessionId, StoreId>,
+    records: BTreeMap<KeyspaceId, Known>,
+    snapshot: Snapshot,
+}
+
+/// A store that has registered since the master started.
+#[derive(Debug)]
+struct Member {
+    address: String,
+    session: Option<SessionId>,
+    reported_at: Duration,
+    cluster: ClusterId,
+    held: BTreeMap<KeyspaceId, Epoch>,
+    free_disk_bytes: u64,
+    published_free_disk_bytes: u64,
+    /// Directives of this session that need no repetition.
+    sent: BTreeMap<KeyspaceId, Epoch>,
+    welcomed: bool,
+    retry_at: Duration,
+}
+
+#[derive(Debug)]
+struct Known {
+    record: KeyspaceRecord,
+    /// Gateways may know it: it came from a store's disk, or all stores that own shards have confirmed it.
+    published: bool,
+}
+
+impl Member {
+    fn is_up(&self, now: Duration, silence_max: Duration) -> bool {
+        self.session.is_some() && now.saturating_sub(self.reported_at) < silence_max
+    }
+
+    fn holds(&self, record: &KeyspaceRecord) -> bool {
+        self.held.get(&record.id).is_some_and(|epoch| *epoch >= record.epoch)
+    }
+}
+
+impl State {
+    pub fn new(limits: Limits) -> Self {
+        let mut state = Self {
+            limits,
+            cluster: ClusterId(0),
+            members: BTreeMap::new(),
+            sessions: HashMap::new(),
+            records: BTreeMap::new(),
+            snapshot: Snapshot::default(),
+        };
+        state.refresh_snapshot(Duration::ZERO);
+        state
+    }
+
+    pub fn snapshot(&self) -> &Snapshot {
+        &self.snapshot
+    }
+
+    /// `now` counts from the start of the master and never goes back.
+    pub fn apply(&mut self, event: Event, now: Duration) -> Vec<Effect> {
+        let mut effects = Vec::new();
+        match event {
+            Event::Reported { session, report } => match self.admit(session, &report, now) {
+                Ok(replaced) => {
+                    effects.extend(replaced);
+                    self.take_in(session, report, now);
+                    effects.push(Effect { session, action: Action::Acknowledge });
+                }
+                Err(refusal) => {
+                    self.forget_session(session);
+                    effects.push(Effect { session, action: Action::Refuse(refusal) });
+                }
+            },
+            Event::SessionEnded { session } => self.forget_session(session),
+            Event::TimePassed => {}
+        }
+        self.bootstrap(now);
+        self.instruct(now, &mut effects);
+        self.publish_confirmed();
+        self.refresh_snapshot(now);
+        effects
+    }
+
+    /// Whether the report may be taken in; if so, the end of the session that it replaces.
+    fn admit(&self, session: SessionId, report: &Report, now: Duration) -> Result<Option<Effect>, Refusal> {
+        let store = report.store;
+        match self.sessions.get(&session) {
+            Some(first) if *first != store => return Err(Refusal::OtherStore { first: *first, second: store }),
+            None if report.records.is_none() => return Err(Refusal::Incomplete { store, lacking: "records" }),
+            Some(_) | None => {}
+        }
+        if report.address.is_empty() {
+            return Err(Refusal::Incomplete { store, lacking: "address" });
+        }
+        if report.cluster != ClusterId(0) && self.cluster != ClusterId(0) && report.cluster != self.cluster {
+            return Err(Refusal::OtherCluster { store, theirs: report.cluster, ours: self.cluster });
+        }
+        for record in report.records.iter().flatten() {
+            let known = self.records.get(&record.id).map(|known| &known.record);
+            if known.is_some_and(|known| known.epoch == record.epoch && known != record) {
+                return Err(Refusal::OtherRecord { store, keyspace: record.id, epoch: record.epoch });
+            }
+        }
+        let Some(member) = self.members.get(&store) else {
+            return Ok(None);
+        };
+        match member.session {
+            Some(other) if other != session => {
+                if member.address != report.address && member.is_up(now, self.limits.silence_max) {
+                    return Err(Refusal::StoreTaken { store, address: member.address.clone() });
+                }
+                // The same store came back before its old stream was found dead.
+                Ok(Some(Effect { session: other, action: Action::Refuse(Refusal::Replaced { store }) }))
+            }
+            Some(_) | None => Ok(None),
+        }
+    }
+
+    fn take_in(&mut self, session: SessionId, report: Report, now: Duration) {
+        if self.cluster == ClusterId(0) {
+            self.cluster = report.cluster;
+        }
+        let member = self.members.entry(report.store).or_insert_with(|| Member {
+            address: String::new(),
+            session: None,
+            reported_at: now,
+            cluster: report.cluster,
+            held: BTreeMap::new(),
+            free_disk_bytes: report.free_disk_bytes,
+            published_free_disk_bytes: report.free_disk_bytes,
+            sent: BTreeMap::new(),
+            welcomed: false,
+            retry_at: Duration::ZERO,
+        });
+        if member.session != Some(session) {
+            if let Some(old) = member.session.replace(session) {
+                self.sessions.remove(&old);
+            }
+            self.sessions.insert(session, report.store);
+            member.sent.clear();
+            member.welcomed = false;
+            member.retry_at = Duration::ZERO;
+        }
+        member.address = report.address;
+        member.reported_at = now;
+        member.cluster = report.cluster;
+        member.free_disk_bytes = report.free_disk_bytes;
+        if !report.failure.is_empty() {
+            member.sent.clear();
+            member.welcomed = false;
+            member.retry_at = now + RETRY_PAUSE;
+        }
+        let Some(records) = report.records else { return };
+        member.held = records.iter().map(|record| (record.id, record.epoch)).collect();
+        for record in records {
+            let newer = self.records.get(&record.id).is_none_or(|known| known.record.epoch < record.epoch);
+            if newer {
+                self.records.insert(record.id, Known { record, published: true });
+            }
+        }
+    }
+
+    fn forget_session(&mut self, session: SessionId) {
+        let store = self.sessions.remove(&session);
+        if let Some(member) = store.and_then(|store| self.members.get_mut(&store)) {
+            member.session = None;
+        }
+    }
+
+    /// Decides on keyspace `0` in a cluster that has nothing yet, and on the cluster id.
+    fn bootstrap(&mut self, now: Duration) {
+        if self.cluster != ClusterId(0) {
+            return;
+        }
+        if self.records.is_empty() {
+            let candidates: Vec<place::Candidate> = self
+                .up(now)
+                .map(|(id, member)| place::Candidate { id, free_disk_bytes: member.free_disk_bytes })
+                .collect();
+            if candidates.len() < self.limits.bootstrap_stores {
+                return;
+            }
+            let primaries = place::spread(self.limits.bootstrap_shards, &candidates);
+            let record = KeyspaceRecord::new(FIRST_KEYSPACE, FIRST_KEYSPACE_NAME, &primaries)
+                .expect("the shard count was checked when the master was bound");
+            self.records.insert(record.id, Known { record, published: false });
+        }
+        self.cluster = self.records.values().find_map(|known| cluster_of(&known.record)).unwrap_or_default();
+    }
+
+    fn up(&self, now: Duration) -> impl Iterator<Item = (StoreId, &Member)> {
+        let silence_max = self.limits.silence_max;
+        self.members.iter().filter(move |(_, member)| member.is_up(now, silence_max)).map(|(id, member)| (*id, member))
+    }
+
+    /// Sends each store what it lacks: first the records, and when it has them all, its cluster id.
+    fn instruct(&mut self, now: Duration, effects: &mut Vec<Effect>) {
+        for member in self.members.values_mut() {
+            let Some(session) = member.session else { continue };
+            if now < member.retry_at || !member.is_up(now, self.limits.silence_max) {
+                continue;
+            }
+            let mut lacks_records = self.records.is_empty();
+            for known in self.records.values() {
+                let record = &known.record;
+                if member.holds(record) {
+                    continue;
+                }
+                lacks_records = true;
+                if member.sent.get(&record.id).is_none_or(|sent| *sent < record.epoch) {
+                    member.sent.insert(record.id, record.epoch);
+                    effects.push(Effect { session, action: Action::PutRecord(record.clone()) });
+                }
+            }
+            let joins = member.cluster == ClusterId(0) && self.cluster != ClusterId(0);
+            if joins && !lacks_records && !member.welcomed {
+                member.welcomed = true;
+                effects.push(Effect { session, action: Action::Welcome(self.cluster) });
+            }
+        }
+    }
+
+    fn publish_confirmed(&mut self) {
+        for known in self.records.values_mut().filter(|known| !known.published) {
+            known.published = unconfirmed(&known.record, &self.members, self.cluster).is_empty();
+        }
+    }
+
+    fn refresh_snapshot(&mut self, now: Duration) {
+        let silence_max = self.limits.silence_max;
+        let mut stores: BTreeMap<StoreId, StoreInfo> = BTreeMap::new();
+        // Stores that records name but that have not come since the master started: down, address unknown.
+        for store in self.records.values().flat_map(|known| stores_of(&known.record)) {
+            stores.insert(store, StoreInfo { id: store, address: String::new(), up: false, free_disk_bytes: 0 });
+        }
+        for (id, member) in &mut self.members {
+            let step = FREE_DISK_STEP_BYTES.max(member.published_free_disk_bytes / FREE_DISK_PART);
+            if member.free_disk_bytes.abs_diff(member.published_free_disk_bytes) > step {
+                member.published_free_disk_bytes = member.free_disk_bytes;
+            }
+            let info = StoreInfo {
+                id: *id,
+                address: member.address.clone(),
+                up: member.is_up(now, silence_max),
+                free_disk_bytes: member.published_free_disk_bytes,
+            };
+            stores.insert(*id, info);
+        }
+        // A cluster id that is on no disk yet may still become another one.
+        let confirmed = self.members.values().any(|member| member.cluster == self.cluster);
+        let cluster = if confirmed { self.cluster } else { ClusterId(0) };
+        let published = self.records.values().filter(|known| known.published && cluster != ClusterId(0));
+        let keyspaces: Vec<KeyspaceRecord> = published.map(|known| known.record.clone()).collect();
+        let waiting_for = if keyspaces.is_empty() { self.waiting_for(now) } else { String::new() };
+        let mut snapshot = Snapshot {
+            cluster,
+            version: self.snapshot.version,
+            stores: stores.into_values().collect(),
+            keyspaces,
+            waiting_for,
+        };
+        if snapshot != self.snapshot {
+            snapshot.version += 1;
+            self.snapshot = snapshot;
+        }
+    }
+
+    /// What is missing until a keyspace is served, in words.
+    fn waiting_for(&self, now: Duration) -> String {
+        let up = self.up(now).count();
+        let Some(known) = self.records.values().next() else {
+            return if self.cluster == ClusterId(0) {
+                let needed = self.limits.bootstrap_stores;
+                format!("{up} of {needed} stores registered; keyspace {FIRST_KEYSPACE_NAME} is created when all are")
+            } else {
+                let cluster = self.cluster;
+                format!(
+                    "no registered store ({up}) of cluster {cluster} holds a record; the stores that hold them must register"
+                )
+            };
+        };
+        if self.cluster == ClusterId(0) {
+            return "no registered store knows the cluster id; one that has joined before must register".to_owned();
+        }
+        let mut text = format!("keyspace {} is created; not yet confirmed by stores", known.record.name);
+        for (number, store) in unconfirmed(&known.record, &self.members, self.cluster).iter().enumerate() {
+            let separator = if number == 0 { ' ' } else { ',' };
+            write!(text, "{separator}{store}").expect("writing to a string does not fail");
+        }
+        text
+    }
+}
+
+fn stores_of(record: &KeyspaceRecord) -> BTreeSet<StoreId> {
+    record
+        .shards
+        .iter()
+        .flat_map(|shard| std::iter::once(shard.primary).chain(shard.replicas.iter().copied()))
+        .collect()
+}
+
+/// The stores with shards of the record that have not said that they hold it as members of the cluster.
+fn unconfirmed(record: &KeyspaceRecord, members: &BTreeMap<StoreId, Member>, cluster: ClusterId) -> BTreeSet<StoreId> {
+    let mut stores = stores_of(record);
+    stores.retain(|store| {
+        !members.get(store).is_some_and(|member| member.holds(record) && member.cluster == cluster && cluster.0 != 0)
+    });
+    stores
+}
+
+/// The id of the cluster that begins with this record; `None` if it is no longer the first version, so that the id is
+/// with the stores alone. Store ids are drawn at random, hence so is this.
+fn cluster_of(record: &KeyspaceRecord) -> Option<ClusterId> {
+    let first = record.id == FIRST_KEYSPACE && record.epoch == Epoch(1);
+    first.then(|| {
+        let mix = |id: u64, shard: &vasto_proto::topology::ShardRecord| splitmix64(id ^ u64::from(shard.primary.0));
+        // 0 means "none yet".
+        ClusterId(record.shards.iter().fold(record.shards.len() as u64, mix).max(1))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "tests may")]
+
+    use super::*;
+    use proptest::prelude::*;
+
+    const SILENCE_MAX: Duration = Duration::from_secs(2);
+
+    fn limits(shards: u16, stores: usize) -> Limits {
+        Limits { bootstrap_shards: shards, bootstrap_stores: stores, silence_max: SILENCE_MAX }
+    }
+
+    fn at_ms(now_ms: u64) -> Duration {
+        Duration::from_millis(now_ms)
+    }
+
+    /// What a store has on its disk.
+    #[derive(Clone, Debug, Default, PartialEq)]
+    struct Disk {
+        cluster: ClusterId,
+        records: BTreeMap<KeyspaceId, KeyspaceRecord>,
+    }
+
+    impl Disk {
+        fn report(&self, store: u32) -> Report {
+            Report {
+                store: StoreId(store),
+                address: format!("store-{store}:1"),
+                cluster: self.cluster,
+                records: Some(self.records.values().cloned().collect()),
+                free_disk_bytes: 1 << 40,
+                failure: String::new(),
+            }
+        }
+
+        fn carry_out(&mut self, action: Action) {
+            match action {
+                Action::Acknowledge => {}
+                Action::PutRecord(record) => {
+                    let newer = self.records.get(&record.id).is_none_or(|held| held.epoch < record.epoch);
+                    if newer {
+                        self.records.insert(record.id, record);
+                    }
+                }
+                Action::Welcome(cluster) => {
+                    assert!(
+                        self.cluster == ClusterId(0) || self.cluster == cluster,
+                        "a store never changes its cluster"
+                    );
+                    assert!(!self.records.is_empty(), "records come before the cluster id");
+                    self.cluster = cluster;
+                }
+                Action::Refuse(refusal) => panic!("refused: {refusal}"),
+            }
+        }
+    }
+
+    /// Reports and carries out what comes back until nothing does.
+    fn settle(state: &mut State, disks: &mut BTreeMap<u32, Disk>, now: Duration) {
+        for _ in 0..10 {
+            let mut done = true;
+            for store in disks.keys().copied().collect::<Vec<_>>() {
+                let session = SessionId(u64::from(store));
+                let report = disks[&store].report(store);
+                for effect in state.apply(Event::Reported { session, report }, now) {
+                    done &= effect.action == Action::Acknowledge;
+                    // Sessions from before that died unnoticed get what they get.
+                    if let Some(disk) = disks.get_mut(&u32::try_from(effect.session.0).unwrap()) {
+                        disk.carry_out(effect.action);
+                    }
+                }
+            }
+            if done {
+                return;
+            }
+        }
+        panic!("the master never comes to rest");
+    }
+
+    fn blank(stores: impl IntoIterator<Item = u32>) -> BTreeMap<u32, Disk> {
+        stores.into_iter().map(|store| (store, Disk::default())).collect()
+    }
+
+    fn bootstrapped(shards: u16, stores: u32) -> (State, BTreeMap<u32, Disk>) {
+        let mut state = State::new(limits(shards, stores as usize));
+        let mut disks = blank(1..=stores);
+        settle(&mut state, &mut disks, Duration::ZERO);
+        (state, disks)
+    }
+
+    fn refusal(effects: &[Effect]) -> Option<String> {
+        effects.iter().find_map(|effect| match &effect.action {
+            Action::Refuse(refusal) => Some(refusal.to_string()),
+            Action::Acknowledge | Action::PutRecord(_) | Action::Welcome(_) => None,
+        })
+    }
+
+    #[test]
+    fn an_empty_cluster_gets_keyspace_0_when_all_stores_are_there() {
+        let mut state = State::new(limits(4, 2));
+        assert_eq!(state.snapshot().waiting_for, "0 of 2 stores registered; keyspace 0 is created when all are");
+        let mut disks = blank([1]);
+        settle(&mut state, &mut disks, Duration::ZERO);
+        assert_eq!(state.snapshot().waiting_for, "1 of 2 stores registered; keyspace 0 is created when all are");
+        assert_eq!(disks[&1], Disk::default());
+
+        disks.insert(2, Disk::default());
+        settle(&mut state, &mut disks, Duration::ZERO);
+        let snapshot = state.snapshot();
+        assert_eq!(snapshot.waiting_for, "");
+        let record = snapshot.keyspace(KeyspaceId(0)).unwrap();
+        let primaries: Vec<u32> = record.shards.iter().map(|shard| shard.primary.0).collect();
+        assert_eq!((record.name.as_str(), primaries), ("0", vec![1, 2, 1, 2]));
+        for disk in disks.values() {
+            assert_eq!((disk.cluster, &disk.records[&KeyspaceId(0)]), (snapshot.cluster, record));
+        }
+        assert_ne!(snapshot.cluster, ClusterId(0));
+    }
+
+    #[test]
+    fn keyspace_0_is_published_only_when_its_owners_have_confirmed() {
+        let mut state = State::new(limits(2, 2));
+        let (mut one, mut two) = (Disk::default(), Disk::default());
+        let report = |state: &mut State, store: u32, disk: &Disk| {
+            state.apply(
+                Event::Reported { session: SessionId(u64::from(store)), report: disk.report(store) },
+                Duration::ZERO,
+            )
+        };
+        assert_eq!(report(&mut state, 1, &one).len(), 1);
+        let effects = report(&mut state, 2, &two);
+        assert!(state.snapshot().keyspaces.is_empty());
+        assert_eq!(
+            state.snapshot().waiting_for,
+            "keyspace 0 is created; not yet confirmed by stores 00000001,00000002"
+        );
+        for effect in effects {
+            let disk = if effect.session == SessionId(1) { &mut one } else { &mut two };
+            disk.carry_out(effect.action);
+        }
+        for effect in report(&mut state, 1, &one) {
+            one.carry_out(effect.action);
+        }
+        report(&mut state, 1, &one);
+        assert_eq!(state.snapshot().waiting_for, "keyspace 0 is created; not yet confirmed by stores 00000002");
+        for effect in report(&mut state, 2, &two) {
+            two.carry_out(effect.action);
+        }
+        report(&mut state, 2, &two);
+        assert_eq!(state.snapshot().keyspaces.len(), 1);
+    }
+
+    #[test]
+    fn a_restarted_master_adopts_what_the_stores_have() {
+        let (before, mut disks) = bootstrapped(3, 3);
+        let mut state = State::new(limits(7, 1));
+        let session = SessionId(2);
+        state.apply(Event::Reported { session, report: disks[&2].report(2) }, Duration::ZERO);
+        let snapshot = state.snapshot();
+        assert_eq!((snapshot.cluster, &snapshot.keyspaces), (before.snapshot().cluster, &before.snapshot().keyspaces));
+        let missing = snapshot.store(StoreId(3)).unwrap();
+        assert_eq!((missing.up, missing.address.as_str()), (false, ""));
+        settle(&mut state, &mut disks, Duration::ZERO);
+        assert_eq!(state.snapshot().stores, before.snapshot().stores);
+    }
+
+    #[test]
+    fn the_highest_epoch_wins_and_reaches_the_others() {
+        let (_, mut disks) = bootstrapped(2, 2);
+        let newer = disks.get_mut(&2).unwrap().records.get_mut(&KeyspaceId(0)).unwrap();
+        newer.epoch = Epoch(5);
+        newer.shards.reverse();
+        let newer = newer.clone();
+        let mut state = State::new(limits(2, 2));
+        settle(&mut state, &mut disks, Duration::ZERO);
+        assert_eq!(state.snapshot().keyspaces, [newer.clone()]);
+        assert_eq!(disks[&1].records[&KeyspaceId(0)], newer);
+    }
+
+    #[test]
+    fn a_store_that_joins_later_gets_records_and_no_shard() {
+        let (mut state, mut disks) = bootstrapped(2, 2);
+        disks.insert(3, Disk::default());
+        settle(&mut state, &mut disks, Duration::ZERO);
+        assert_eq!(disks[&3], disks[&1]);
+        assert_eq!(state.snapshot().keyspaces[0].shards_of(StoreId(3)).count(), 0);
+        assert_eq!(state.snapshot().stores.len(), 3);
+    }
+
+    #[test]
+    fn stores_of_two_clusters_do_not_mix() {
+        let (_, mut ours) = bootstrapped(1, 1);
+        let mut other = State::new(limits(1, 1));
+        let mut theirs = blank([9]);
+        settle(&mut other, &mut theirs, Duration::ZERO);
+        let mut state = State::new(limits(1, 1));
+        settle(&mut state, &mut ours, Duration::ZERO);
+        let report = theirs[&9].report(9);
+        let effects = state.apply(Event::Reported { session: SessionId(9), report }, Duration::ZERO);
+        let text = format!(
+            "store 00000009 belongs to cluster {}, but this master leads cluster {}",
+            theirs[&9].cluster, ours[&1].cluster
+        );
+        assert_eq!(refusal(&effects), Some(text));
+        assert_eq!(state.snapshot().stores.len(), 1);
+    }
+
+    #[test]
+    fn no_bootstrap_beside_a_store_that_has_a_cluster_id() {
+        let mut state = State::new(limits(1, 1));
+        let joined = Disk { cluster: ClusterId(77), records: BTreeMap::new() };
+        let mut disks = blank([1, 2]);
+        disks.insert(0, joined);
+        settle(&mut state, &mut disks, Duration::ZERO);
+        assert!(disks.values().all(|disk| disk.records.is_empty()));
+        assert_eq!(
+            state.snapshot().waiting_for,
+            "no registered store (3) of cluster 000000000000004d holds a record; the stores that hold them must register"
+        );
+    }
+
+    #[test]
+    fn a_store_is_down_after_silence_and_up_again_with_its_next_report() {
+        let (mut state, mut disks) = bootstrapped(1, 1);
+        let is_up = |state: &State| state.snapshot().store(StoreId(1)).unwrap().up;
+        state.apply(Event::TimePassed, at_ms(1_999));
+        assert!(is_up(&state));
+        let version = state.snapshot().version;
+        state.apply(Event::TimePassed, at_ms(2_000));
+        assert!(!is_up(&state));
+        assert_eq!(state.snapshot().version, version + 1);
+        assert_eq!(state.snapshot().store(StoreId(1)).unwrap().address, "store-1:1");
+        settle(&mut state, &mut disks, at_ms(2_500));
+        assert!(is_up(&state));
+        state.apply(Event::SessionEnded { session: SessionId(1) }, at_ms(2_600));
+        assert!(!is_up(&state));
+        assert_eq!(state.snapshot().keyspaces.len(), 1);
+    }
+
+    #[test]
+    fn a_copied_data_folder_is_refused_while_the_first_store_is_up() {
+        let (mut state, disks) = bootstrapped(1, 1);
+        let mut copy = disks[&1].report(1);
+        copy.address = "elsewhere:1".to_owned();
+        let event = Event::Reported { session: SessionId(50), report: copy };
+        let effects = state.apply(event.clone(), at_ms(10));
+        let text = "store id 00000001 is in use by the store at store-1:1; a copied data folder cannot join";
+        assert_eq!(refusal(&effects).as_deref(), Some(text));
+        // When the first is down, the store has moved.
+        let effects = state.apply(event, at_ms(5_000));
+        assert_eq!(refusal(&effects).as_deref(), Some("store 00000001 has opened another session"));
+        assert_eq!(state.snapshot().store(StoreId(1)).unwrap().address, "elsewhere:1");
+        // The late end of the replaced session changes nothing.
+        state.apply(Event::SessionEnded { session: SessionId(1) }, at_ms(5_001));
+        assert!(state.snapshot().store(StoreId(1)).unwrap().up);
+    }
+
+    #[test]
+    fn a_failed_directive_is_repeated_after_a_pause() {
+        let mut state = State::new(limits(1, 1));
+        let session = SessionId(1);
+        let blank = Disk::default();
+        let puts = |effects: Vec<Effect>| effects.iter().filter(|e| matches!(e.action, Action::PutRecord(_))).count();
+        assert_eq!(puts(state.apply(Event::Reported { session, report: blank.report(1) }, at_ms(0))), 1);
+        assert_eq!(puts(state.apply(Event::Reported { session, report: blank.report(1) }, at_ms(500))), 0);
+        let failed = Report { failure: "disk full".to_owned(), ..blank.report(1) };
+        assert_eq!(puts(state.apply(Event::Reported { session, report: failed }, at_ms(600))), 0);
+        assert_eq!(puts(state.apply(Event::TimePassed, at_ms(1_500))), 0);
+        assert_eq!(puts(state.apply(Event::TimePassed, at_ms(1_700))), 1);
+    }
+
+    #[test]
+    fn heartbeats_with_nearly_the_same_free_disk_publish_nothing() {
+        let (mut state, disks) = bootstrapped(1, 1);
+        let version = state.snapshot().version;
+        let mut report = Report { records: None, ..disks[&1].report(1) };
+        report.free_disk_bytes -= 1 << 30;
+        state.apply(Event::Reported { session: SessionId(1), report: report.clone() }, at_ms(10));
+        assert_eq!(state.snapshot().version, version);
+        report.free_disk_bytes /= 2;
+        state.apply(Event::Reported { session: SessionId(1), report: report.clone() }, at_ms(20));
+        assert_eq!(state.snapshot().stores[0].free_disk_bytes, report.free_disk_bytes);
+    }
+
+    #[derive(Clone, Debug)]
+    enum Step {
+        /// The store reports, if it runs; `carries_out` of the directives take effect before anything else happens.
+        Report {
+            store: u32,
+            carries_out: usize,
+        },
+        StoreRestarts(u32),
+        MasterRestarts,
+        TimePasses(u64),
+    }
+
+    fn step(stores: u32) -> impl Strategy<Value = Step> {
+        prop_oneof![
+            8 => (1..=stores, 0usize..3).prop_map(|(store, carries_out)| Step::Report { store, carries_out }),
+            2 => (1..=stores).prop_map(Step::StoreRestarts),
+            1 => Just(Step::MasterRestarts),
+            1 => (0u64..3_000).prop_map(Step::TimePasses),
+        ]
+    }
+
+    proptest! {
+        /// Whatever is lost and restarted on the way: one cluster, one record, and in the end it is served.
+        #[test]
+        fn bootstrap_survives_restarts_of_everybody(
+            shards in 1u16..6,
+            steps in prop::collection::vec(step(3), 0..60),
+        ) {
+            const STORES: u32 = 3;
+            let mut state = State::new(limits(shards, STORES as usize));
+            let mut disks = blank(1..=STORES);
+            let mut sessions: BTreeMap<u32, SessionId> = BTreeMap::new();
+            let (mut next_session, mut now) = (100, Duration::ZERO);
+            let mut lost: BTreeSet<SessionId> = BTreeSet::new();
+            let mut seen: Vec<(ClusterId, KeyspaceRecord)> = Vec::new();
+            for step in steps {
+                now += Duration::from_millis(1);
+                match step {
+                    Step::Report { store, carries_out } => {
+                        let session = *sessions.entry(store).or_insert_with(|| {
+                            next_session += 1;
+                            SessionId(next_session)
+                        });
+                        let effects = state.apply(Event::Reported { session, report: disks[&store].report(store) }, now);
+                        let mut budget = BTreeMap::from([(session, carries_out)]);
+                        for effect in effects {
+                            if lost.contains(&effect.session) {
+                                continue;
+                            }
+                            let receiver = sessions.iter().find(|(_, session)| **session == effect.session);
+                            let (receiver, _) = receiver.expect("the master answers sessions that it has");
+                            let left = budget.entry(effect.session).or_insert(1);
+                            if effect.action == Action::Acknowledge {
+                                continue;
+                            }
+                            if *left > 0 {
+                                *left -= 1;
+                                disks.get_mut(receiver).unwrap().carry_out(effect.action);
+                            } else {
+                                // Lost with its session: nothing later on that stream arrives either.
+                                let receiver = *receiver;
+                                sessions.remove(&receiver);
+                                lost.insert(effect.session);
+                            }
+                        }
+                    }
+                    Step::StoreRestarts(store) => {
+                        if let Some(session) = sessions.remove(&store) {
+                            state.apply(Event::SessionEnded { session }, now);
+                        }
+                    }
+                    Step::MasterRestarts => {
+                        state = State::new(limits(shards, STORES as usize));
+                        sessions.clear();
+                    }
+                    Step::TimePasses(ms) => {
+                        now += Duration::from_millis(ms);
+                        state.apply(Event::TimePassed, now);
+                    }
+                }
+                let snapshot = state.snapshot();
+                seen.extend(snapshot.keyspaces.iter().map(|record| (snapshot.cluster, record.clone())));
+                for disk in disks.values().filter(|disk| disk.cluster != ClusterId(0)) {
+                    seen.extend(disk.records.values().map(|record| (disk.cluster, record.clone())));
+                }
+            }
+            // All come back for good; old sessions end.
+            for session in sessions.into_values() {
+                state.apply(Event::SessionEnded { session }, now);
+            }
+            settle(&mut state, &mut disks, now + Duration::from_secs(10));
+            let snapshot = state.snapshot();
+            prop_assert_eq!(snapshot.keyspaces.len(), 1);
+            for (cluster, record) in seen {
+                prop_assert_eq!((cluster, &record), (snapshot.cluster, &snapshot.keyspaces[0]));
+            }
+        }
+    }
+}

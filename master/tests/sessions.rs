@@ -1,0 +1,219 @@
+//! The master over gRPC on loopback, with stores and gateways that are a few lines of test.
+#![expect(clippy::unwrap_used, reason = "tests may")]
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::transport::Channel;
+use tonic::{Code, Status, Streaming};
+use vasto_master::{Config, Master};
+use vasto_proto::pb::directive::Kind;
+use vasto_proto::pb::master_client::MasterClient;
+use vasto_proto::{PROTOCOL_VERSION, net, pb};
+
+/// Far above what any step here takes; only a failing test waits for so long.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+async fn within<T>(what: &str, future: impl Future<Output = T>) -> T {
+    tokio::time::timeout(PATIENCE, future).await.unwrap_or_else(|_| panic!("waited {PATIENCE:?} for {what}"))
+}
+
+struct Running {
+    address: SocketAddr,
+    shutdown: CancellationToken,
+    task: JoinHandle<()>,
+}
+
+impl Running {
+    async fn start(config: Config) -> Running {
+        let bound = Master::bind(Config { listen: "127.0.0.1:0".parse().unwrap(), ..config }).await.unwrap();
+        let (address, shutdown) = (bound.address(), CancellationToken::new());
+        let run = bound.run(shutdown.clone());
+        #[expect(clippy::disallowed_methods, reason = "awaited in `stop`")]
+        let task = tokio::spawn(async move { run.await.unwrap() });
+        Running { address, shutdown, task }
+    }
+
+    async fn client(&self) -> MasterClient<Channel> {
+        let endpoint = net::endpoint(&self.address.to_string()).unwrap();
+        MasterClient::new(within("a connection", endpoint.connect()).await.unwrap())
+    }
+
+    async fn watch(&self) -> Watch {
+        let request = pb::WatchRequest { protocol_version: PROTOCOL_VERSION };
+        Watch(self.client().await.watch_topology(request).await.unwrap().into_inner())
+    }
+
+    /// Streams are open: they must not hold it up.
+    async fn stop(self) {
+        self.shutdown.cancel();
+        within("the master to stop", self.task).await.unwrap();
+    }
+}
+
+struct Watch(Streaming<pb::Topology>);
+
+impl Watch {
+    async fn until(&mut self, what: &str, condition: impl Fn(&pb::Topology) -> bool) -> pb::Topology {
+        within(what, async {
+            loop {
+                let topology = self.0.message().await.unwrap().expect("the stream goes on");
+                if condition(&topology) {
+                    return topology;
+                }
+            }
+        })
+        .await
+    }
+}
+
+/// What a store remembers, and its session.
+#[derive(Clone, Debug, Default)]
+struct Store {
+    id: u32,
+    cluster: u64,
+    records: Vec<pb::KeyspaceRecord>,
+}
+
+struct Session {
+    reports: mpsc::Sender<pb::StoreReport>,
+    directives: Streaming<pb::Directive>,
+}
+
+impl Store {
+    fn report(&self) -> pb::StoreReport {
+        pb::StoreReport {
+            store_id: self.id,
+            address: format!("127.0.0.1:{}", 1000 + self.id),
+            cluster_id: self.cluster,
+            protocol_version: PROTOCOL_VERSION,
+            records: self.records.clone(),
+            has_records: true,
+            free_disk_bytes: 1 << 40,
+            failure: String::new(),
+        }
+    }
+
+    async fn register(&self, master: &Running) -> Session {
+        let (reports, outgoing) = mpsc::channel(8);
+        reports.send(self.report()).await.unwrap();
+        let response = master.client().await.register(ReceiverStream::new(outgoing)).await.unwrap();
+        Session { reports, directives: response.into_inner() }
+    }
+
+    /// Carries out directives until it holds a record and knows its cluster.
+    async fn join(&mut self, session: &mut Session) {
+        while self.cluster == 0 || self.records.is_empty() {
+            match session.next().await.unwrap() {
+                Kind::Welcome(welcome) => self.cluster = welcome.cluster_id,
+                Kind::PutRecord(record) => self.records = vec![record],
+                Kind::HeartbeatAck(_) => continue,
+            }
+            session.reports.send(self.report()).await.unwrap();
+        }
+    }
+}
+
+impl Session {
+    async fn next(&mut self) -> Result<Kind, Status> {
+        let directive = within("a directive", self.directives.message()).await?;
+        Ok(directive.expect("the session goes on").kind.unwrap())
+    }
+
+    async fn refusal(&mut self) -> Status {
+        loop {
+            if let Err(status) = self.next().await {
+                return status;
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_cluster_begins_loses_its_master_and_gets_another() {
+    let config = Config { bootstrap_shards: 3, ..Config::default() };
+    let master = Running::start(config.clone()).await;
+    let mut watch = master.watch().await;
+    watch.until("the first snapshot", |topology| topology.waiting_for.starts_with("0 of 3 stores")).await;
+
+    let mut stores: Vec<Store> = (1..=3).map(|id| Store { id, ..Store::default() }).collect();
+    let mut sessions = Vec::new();
+    for store in &stores {
+        sessions.push(store.register(&master).await);
+    }
+    for (store, session) in stores.iter_mut().zip(&mut sessions) {
+        store.join(session).await;
+    }
+    let served = watch.until("keyspace 0", |topology| !topology.keyspaces.is_empty()).await;
+    assert_eq!((served.waiting_for.as_str(), served.keyspaces[0].shards.len()), ("", 3));
+    assert_eq!(served.keyspaces[0], stores[0].records[0]);
+
+    master.stop().await;
+    let master = Running::start(config).await;
+    let mut watch = master.watch().await;
+    let _session = stores[1].register(&master).await;
+    let again = watch.until("the adopted record", |topology| !topology.keyspaces.is_empty()).await;
+    assert_eq!((again.cluster_id, &again.keyspaces), (served.cluster_id, &served.keyspaces));
+    assert_eq!(again.stores.iter().filter(|store| store.up).count(), 1);
+
+    let stranger = Store { id: 9, cluster: 5, records: Vec::new() };
+    let status = stranger.register(&master).await.refusal().await;
+    assert_eq!(status.code(), Code::FailedPrecondition);
+    let ours = format!("{:016x}", served.cluster_id);
+    assert!(status.message().contains("0000000000000005") && status.message().contains(&ours), "{status}");
+    master.stop().await;
+}
+
+#[tokio::test]
+async fn a_silent_store_and_an_ended_one_are_down() {
+    let master = Running::start(Config { silence_max: Duration::from_millis(600), ..Config::default() }).await;
+    let mut store = Store { id: 7, ..Store::default() };
+    let mut session = store.register(&master).await;
+    store.join(&mut session).await;
+    let mut watch = master.watch().await;
+    let is_up = |topology: &pb::Topology| topology.stores.iter().any(|store| store.store_id == 7 && store.up);
+    // It says no more from here on, but its stream is open.
+    watch.until("silence noticed", |topology| !is_up(topology) && !topology.keyspaces.is_empty()).await;
+    session.reports.send(store.report()).await.unwrap();
+    watch.until("the store up", is_up).await;
+    drop(session);
+    watch.until("the end noticed", |topology| !is_up(topology)).await;
+    master.stop().await;
+}
+
+#[tokio::test]
+async fn a_watcher_that_does_not_read_holds_up_nobody() {
+    let master = Running::start(Config::default()).await;
+    let _idle = master.watch().await;
+    let mut store = Store { id: 1, ..Store::default() };
+    let mut session = store.register(&master).await;
+    store.join(&mut session).await;
+    for round in 0..2_000u64 {
+        let free_disk_bytes = if round % 2 == 0 { 1 << 30 } else { 1 << 40 };
+        session.reports.send(pb::StoreReport { free_disk_bytes, ..store.report() }).await.unwrap();
+        // Each report is answered, else the session would be ended for not reading.
+        session.next().await.unwrap();
+    }
+    let mut watch = master.watch().await;
+    watch.until("the present state", |topology| topology.version > 1_000).await;
+    master.stop().await;
+}
+
+#[tokio::test]
+async fn other_protocol_versions_are_refused() {
+    let master = Running::start(Config::default()).await;
+    let request = pb::WatchRequest { protocol_version: PROTOCOL_VERSION + 2 };
+    let status = master.client().await.watch_topology(request).await.unwrap_err();
+    assert_eq!(status.code(), Code::FailedPrecondition);
+    let (reports, outgoing) = mpsc::channel(1);
+    let report = pb::StoreReport { protocol_version: PROTOCOL_VERSION + 2, ..Store::default().report() };
+    reports.send(report).await.unwrap();
+    let response = master.client().await.register(ReceiverStream::new(outgoing)).await.unwrap();
+    let status = Session { reports, directives: response.into_inner() }.refusal().await;
+    assert!(status.message().contains("protocol version"), "{status}");
+    master.stop().await;
+}

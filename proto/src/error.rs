@@ -1,0 +1,81 @@
+//! The one table of error texts that clients see: Redis's own, byte for byte, and ours.
+
+use std::borrow::Cow;
+use std::fmt;
+
+/// An error of a command: nothing was changed. The text starts with its code word (`ERR …`).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CommandError(pub Cow<'static, str>);
+
+impl CommandError {
+    pub const fn fixed(text: &'static str) -> Self {
+        Self(Cow::Borrowed(text))
+    }
+
+    pub fn text(&self) -> &str {
+        &self.0
+    }
+}
+
+impl From<String> for CommandError {
+    fn from(text: String) -> Self {
+        Self(Cow::Owned(text))
+    }
+}
+
+impl fmt::Display for CommandError {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for CommandError {}
+
+// As Redis 7 says them.
+pub const SYNTAX: CommandError = CommandError::fixed("ERR syntax error");
+pub const NOT_AN_INTEGER: CommandError = CommandError::fixed("ERR value is not an integer or out of range");
+pub const NOT_A_FLOAT: CommandError = CommandError::fixed("ERR value is not a valid float");
+pub const WRONG_TYPE: CommandError =
+    CommandError::fixed("WRONGTYPE Operation against a key holding the wrong kind of value");
+pub const NO_SUCH_KEY: CommandError = CommandError::fixed("ERR no such key");
+pub const INCREMENT_OVERFLOW: CommandError = CommandError::fixed("ERR increment or decrement would overflow");
+pub const DECREMENT_OVERFLOW: CommandError = CommandError::fixed("ERR decrement would overflow");
+pub const NAN_OR_INFINITY: CommandError = CommandError::fixed("ERR increment would produce NaN or Infinity");
+pub const OFFSET_OUT_OF_RANGE: CommandError = CommandError::fixed("ERR offset is out of range");
+pub const STRING_TOO_LONG: CommandError =
+    CommandError::fixed("ERR string exceeds maximum allowed size (proto-max-bulk-len)");
+pub const INVALID_CURSOR: CommandError = CommandError::fixed("ERR invalid cursor");
+pub const SAME_OBJECT: CommandError = CommandError::fixed("ERR source and destination objects are the same");
+pub const INVALID_DB_INDEX: CommandError = CommandError::fixed("ERR invalid DB index");
+pub const DB_INDEX_OUT_OF_RANGE: CommandError = CommandError::fixed("ERR DB index is out of range");
+pub const MAX_CLIENTS: CommandError = CommandError::fixed("ERR max number of clients reached");
+
+/// `name` in lower case; a subcommand as `container|sub`.
+pub fn wrong_arity(name: &str) -> CommandError {
+    format!("ERR wrong number of arguments for '{name}' command").into()
+}
+
+pub fn invalid_expire_time(name: &str) -> CommandError {
+    format!("ERR invalid expire time in '{name}' command").into()
+}
+
+// Ours. CROSSSLOT is the code that Redis Cluster clients know; the rest of the text says what it means here.
+pub const CROSS_SHARD: CommandError = CommandError::fixed(
+    "CROSSSLOT Keys in request don't hash to the same shard; give them one {hash tag} to keep them together",
+);
+/// The store of a shard was lost after the command was sent.
+pub const UNKNOWN_OUTCOME: CommandError = CommandError::fixed(
+    "UNKNOWN the connection to the store was lost after the command was sent: it may or may not have been executed",
+);
+/// Nothing was executed: the store of a shard could not be reached within the deadline.
+pub const STORE_UNREACHABLE: CommandError = CommandError::fixed(
+    "CLUSTERDOWN the store of this key cannot be reached; nothing was executed",
+);
+/// Nothing was executed: the gateway has no topology, or none with this keyspace.
+pub const NO_KEYSPACE: CommandError =
+    CommandError::fixed("CLUSTERDOWN this keyspace is not served yet; nothing was executed");
+
+/// Replaces what would break a line of RESP, as Redis does in error texts.
+pub fn single_line(text: &str) -> Cow<'_, str> {
+    if text.contains(['\r', '\n']) { Cow::Owned(text.replace(['\r', '\n'], " ")) } else { Cow::Borrowed(text) }
+}

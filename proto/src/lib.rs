@@ -1,0 +1,23 @@
+//! The contract of Vasto: everything that two processes must agree on byte for byte or compute alike.
+
+pub mod batch;
+pub mod command;
+pub mod error;
+pub mod id;
+pub mod key;
+pub mod net;
+pub mod row;
+pub mod slot;
+pub mod topology;
+
+/// The generated messages and services; validated by the types of this crate on receipt.
+pub mod pb {
+    #![allow(clippy::all, clippy::unwrap_used, missing_docs)]
+    tonic::include_proto!("vasto");
+}
+
+/// Version of the conversation between roles; adjacent versions must work together (rolling restart).
+pub const PROTOCOL_VERSION: u32 = 1;
+
+/// What `redis_version` in INFO and `version` in HELLO say: the Redis whose answers ours equal.
+pub const REDIS_VERSION: &str = "7.0.15";

@@ -1,0 +1,7 @@
+//! Who serves what: records of keyspaces and the snapshot that gateways route by. Pure values, validated on receipt.
+
+pub mod record;
+pub mod snapshot;
+
+pub use record::{KeyspaceRecord, RecordError, ShardRecord};
+pub use snapshot::{Snapshot, StoreInfo};

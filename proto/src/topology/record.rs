@@ -1,0 +1,128 @@
+//! The record: the durable description of one keyspace.
+
+use crate::id::{Epoch, KeyspaceId, ShardId, StoreId};
+use crate::pb;
+use crate::slot::SHARD_COUNT_MAX;
+use thiserror::Error;
+
+/// Longest name of a keyspace in bytes.
+pub const KEYSPACE_NAME_BYTES_MAX: usize = 64;
+
+/// The durable description of one keyspace: its shards and who holds them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KeyspaceRecord {
+    pub id: KeyspaceId,
+    pub name: String,
+    /// Grows with every change of the record.
+    pub epoch: Epoch,
+    /// Replication factor: the primary and its replicas together.
+    pub copies: u32,
+    /// By shard number; never empty.
+    pub shards: Vec<ShardRecord>,
+}
+
+/// Who holds one shard.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ShardRecord {
+    /// Grows with every change of who may serve the shard.
+    pub epoch: Epoch,
+    pub primary: StoreId,
+    pub replicas: Vec<StoreId>,
+}
+
+/// A received record that cannot be true.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+pub enum RecordError {
+    #[error("a keyspace needs 1 to {SHARD_COUNT_MAX} shards, not {0}")]
+    ShardCount(usize),
+    #[error("keyspace name {0:?} is empty, longer than {KEYSPACE_NAME_BYTES_MAX} bytes or has other characters than letters, digits, '_', '-', '.'")]
+    Name(String),
+}
+
+impl KeyspaceRecord {
+    /// The first record of a new keyspace.
+    pub fn new(id: KeyspaceId, name: &str, primaries: &[StoreId]) -> Result<Self, RecordError> {
+        let shards = primaries
+            .iter()
+            .map(|primary| ShardRecord { epoch: Epoch(1), primary: *primary, replicas: Vec::new() })
+            .collect();
+        let record = Self { id, name: name.to_owned(), epoch: Epoch(1), copies: 1, shards };
+        record.validate()?;
+        Ok(record)
+    }
+
+    fn validate(&self) -> Result<(), RecordError> {
+        if self.shards.is_empty() || self.shards.len() > usize::from(SHARD_COUNT_MAX) {
+            return Err(RecordError::ShardCount(self.shards.len()));
+        }
+        let allowed = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-' | b'.');
+        if self.name.is_empty() || self.name.len() > KEYSPACE_NAME_BYTES_MAX || !self.name.bytes().all(allowed) {
+            return Err(RecordError::Name(self.name.clone()));
+        }
+        Ok(())
+    }
+
+    pub fn shard_count(&self) -> u16 {
+        self.shards.len() as u16
+    }
+
+    /// The shards that a store serves as primary.
+    pub fn shards_of(&self, store: StoreId) -> impl Iterator<Item = (ShardId, &ShardRecord)> {
+        let shards = self.shards.iter().enumerate().filter(move |(_, shard)| shard.primary == store);
+        shards.map(|(number, shard)| (ShardId(number as u16), shard))
+    }
+}
+
+impl From<&KeyspaceRecord> for pb::KeyspaceRecord {
+    fn from(record: &KeyspaceRecord) -> Self {
+        let shard = |shard: &ShardRecord| pb::ShardRecord {
+            epoch: shard.epoch.0,
+            primary: shard.primary.0,
+            replicas: shard.replicas.iter().map(|store| store.0).collect(),
+        };
+        Self {
+            keyspace_id: record.id.0,
+            name: record.name.clone(),
+            epoch: record.epoch.0,
+            copies: record.copies,
+            shards: record.shards.iter().map(shard).collect(),
+        }
+    }
+}
+
+impl TryFrom<pb::KeyspaceRecord> for KeyspaceRecord {
+    type Error = RecordError;
+
+    fn try_from(message: pb::KeyspaceRecord) -> Result<Self, RecordError> {
+        let shard = |shard: pb::ShardRecord| ShardRecord {
+            epoch: Epoch(shard.epoch),
+            primary: StoreId(shard.primary),
+            replicas: shard.replicas.into_iter().map(StoreId).collect(),
+        };
+        let record = Self {
+            id: KeyspaceId(message.keyspace_id),
+            name: message.name,
+            epoch: Epoch(message.epoch),
+            copies: message.copies,
+            shards: message.shards.into_iter().map(shard).collect(),
+        };
+        record.validate()?;
+        Ok(record)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_round_trips_and_a_bad_one_is_refused() {
+        let record = KeyspaceRecord::new(KeyspaceId(0), "0", &[StoreId(7), StoreId(9)]).unwrap();
+        let message = pb::KeyspaceRecord::from(&record);
+        assert_eq!(KeyspaceRecord::try_from(message.clone()), Ok(record.clone()));
+        assert_eq!(record.shards_of(StoreId(9)).map(|(shard, _)| shard).collect::<Vec<_>>(), [ShardId(1)]);
+        let empty = pb::KeyspaceRecord { shards: Vec::new(), ..message };
+        assert_eq!(KeyspaceRecord::try_from(empty), Err(RecordError::ShardCount(0)));
+        assert!(KeyspaceRecord::new(KeyspaceId(1), "no spaces", &[StoreId(1)]).is_err());
+    }
+}

@@ -1,0 +1,14 @@
+//! The end-to-end tests, one binary: linked once, and its tests share the two cores.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed, and where is in the message")]
+
+mod clients;
+mod commands;
+mod differential;
+mod known_differences;
+mod limits;
+mod process;
+mod protocol;
+mod restart;
+mod scan;
+mod tidy;

@@ -1,0 +1,85 @@
+//! What a store can be told at its start.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// When a write reaches the disk for good.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Fsync {
+    /// Before it is answered; all that wait share one sync.
+    Always,
+    /// Within a second, as Redis does by default.
+    #[default]
+    EverySecond,
+    /// When the kernel pleases.
+    Never,
+}
+
+/// Bytes of memory by purpose.
+#[derive(Clone, Debug)]
+pub struct MemoryConfig {
+    /// Rows in front of RocksDB.
+    pub row_cache_bytes: usize,
+    /// Blocks of RocksDB's files.
+    pub block_cache_bytes: usize,
+    /// Memtables of all shards together.
+    pub write_buffer_bytes: usize,
+}
+
+impl Default for MemoryConfig {
+    fn default() -> Self {
+        Self { row_cache_bytes: 256 << 20, block_cache_bytes: 256 << 20, write_buffer_bytes: 256 << 20 }
+    }
+}
+
+/// All settings of a store.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// The data folder; created if it is not there.
+    pub data: PathBuf,
+    pub listen: SocketAddr,
+    /// host:port where gateways reach the store; the bound address if not given.
+    pub advertise: Option<String>,
+    /// Threads that run batches; 0 = one for each core.
+    pub workers: usize,
+    /// Threads that wait for the disk.
+    pub lane_threads: usize,
+    pub memory: MemoryConfig,
+    /// Longest value in bytes.
+    pub proto_max_bulk_len: usize,
+    /// How long a tombstone is remembered.
+    pub gc_grace: Duration,
+    pub fsync: Fsync,
+    /// Files that RocksDB keeps open per shard; -1 = all.
+    pub max_open_files: i32,
+    /// Threads of RocksDB for flushes and compactions.
+    pub background_jobs: i32,
+    /// What flushes and compactions may write together; 0 = without limit.
+    pub background_bytes_per_second: u64,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            data: PathBuf::from("data"),
+            listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
+            advertise: None,
+            workers: 0,
+            lane_threads: 16,
+            memory: MemoryConfig::default(),
+            proto_max_bulk_len: 512 << 20,
+            gc_grace: Duration::from_secs(3600),
+            fsync: Fsync::default(),
+            max_open_files: 1024,
+            background_jobs: 4,
+            background_bytes_per_second: 0,
+        }
+    }
+}
+
+/// Limits that commands check.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    pub proto_max_bulk_len: usize,
+}

@@ -1,0 +1,15 @@
+//! Names of the entries in the column family `meta`.
+
+/// Version of the shard's layout on disk, u32 big endian.
+pub const FORMAT: &[u8] = b"format";
+/// Upper bound of the stamps drawn.
+pub const STAMPS: &[u8] = b"stamps";
+/// Rows up to this stamp are dead.
+pub const FLUSH: &[u8] = b"flush";
+/// The largest event time of a tombstone that compaction dropped, u64 big endian.
+pub const DROPPED: &[u8] = b"dropped";
+/// Written to find out whether the disk takes writes again.
+pub const PROBE: &[u8] = b"probe";
+
+/// The layout that this code reads and writes.
+pub const FORMAT_VERSION: u32 = 1;

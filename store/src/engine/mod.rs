@@ -1,0 +1,137 @@
+//! The only user of RocksDB: what all shards of a store share, and how one shard's database is opened.
+
+pub mod database;
+pub mod garbage;
+pub mod meta;
+
+use crate::config::Config;
+use rocksdb::{
+    BlockBasedOptions, BottommostLevelCompaction, Cache, CompactOptions, DBCompressionType, DBRecoveryMode,
+    DataBlockIndexType, Env, LogLevel, Options, WriteBufferManager,
+};
+use std::path::Path;
+use thiserror::Error;
+
+/// What RocksDB would not do.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+pub enum EngineError {
+    /// It would have to read from disk.
+    #[error("not in memory")]
+    NotInMemory,
+    /// It would have to wait for a flush or a compaction; nothing was written.
+    #[error("writes are stalled")]
+    Stalled,
+    #[error("{0}")]
+    Failed(String),
+}
+
+impl From<rocksdb::Error> for EngineError {
+    fn from(error: rocksdb::Error) -> Self {
+        Self::Failed(error.into_string())
+    }
+}
+
+/// Where rows may be looked for, and whether writes may wait.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tier {
+    Memory,
+    Disk,
+}
+
+/// What all shards share.
+pub struct Engine {
+    database_options: Options,
+    keys_options: Options,
+    plain_options: Options,
+    block_cache: Cache,
+    write_buffers: WriteBufferManager,
+}
+
+/// Small enough that a memtable's upper levels fit the CPU's cache; four of them absorb a burst while one is flushed.
+const WRITE_BUFFER_BYTES: usize = 16 << 20;
+const WRITE_BUFFERS_MAX: i32 = 6;
+/// A shard's log is cut when it is this long, by flushing the column families that hold it back.
+const LOG_BYTES_MAX: u64 = 256 << 20;
+/// The newest table format that this RocksDB writes.
+const TABLE_FORMAT: i32 = 6;
+
+impl Engine {
+    pub fn new(config: &Config) -> Result<Self, EngineError> {
+        let block_cache = Cache::new_hyper_clock_cache(config.memory.block_cache_bytes, 0);
+        let write_buffers = WriteBufferManager::new_write_buffer_manager(config.memory.write_buffer_bytes, false);
+        let mut env = Env::new()?;
+        env.set_high_priority_background_threads(1.max(config.background_jobs / 4));
+        env.set_low_priority_background_threads(config.background_jobs);
+
+        let mut database_options = Options::default();
+        database_options.create_if_missing(true);
+        database_options.create_missing_column_families(true);
+        database_options.set_env(&env);
+        database_options.set_write_buffer_manager(&write_buffers);
+        database_options.set_max_background_jobs(config.background_jobs);
+        database_options.set_max_open_files(config.max_open_files);
+        database_options.set_max_total_wal_size(LOG_BYTES_MAX);
+        database_options.set_paranoid_checks(true);
+        // The default mode silently drops acknowledged rows after a flipped bit.
+        database_options.set_wal_recovery_mode(DBRecoveryMode::TolerateCorruptedTailRecords);
+        database_options.set_track_and_verify_wals_in_manifest(true);
+        database_options.set_avoid_unnecessary_blocking_io(true);
+        database_options.set_bytes_per_sync(1 << 20);
+        database_options.set_wal_bytes_per_sync(1 << 20);
+        database_options.set_stats_dump_period_sec(0);
+        database_options.set_stats_persist_period_sec(0);
+        database_options.set_keep_log_file_num(2);
+        database_options.set_max_log_file_size(1 << 20);
+        database_options.set_log_level(LogLevel::Warn);
+        if config.background_bytes_per_second > 0 {
+            let rate = i64::try_from(config.background_bytes_per_second).unwrap_or(i64::MAX);
+            database_options.set_ratelimiter(rate, 100_000, 10);
+        }
+
+        let mut table = BlockBasedOptions::default();
+        table.set_block_cache(&block_cache);
+        table.set_format_version(TABLE_FORMAT);
+        table.set_block_size(4 << 10);
+        table.set_data_block_index_type(DataBlockIndexType::BinaryAndHash);
+        table.set_data_block_hash_ratio(0.75);
+        table.set_bloom_filter(10.0, false);
+        table.set_whole_key_filtering(true);
+        table.set_optimize_filters_for_memory(true);
+        table.set_cache_index_and_filter_blocks(true);
+        table.set_cache_index_and_filter_blocks_with_high_priority(true);
+        table.set_pin_l0_filter_and_index_blocks_in_cache(true);
+
+        let mut plain_options = Options::default();
+        plain_options.set_block_based_table_factory(&table);
+        plain_options.set_compression_type(DBCompressionType::Lz4);
+        plain_options.set_bottommost_compression_type(DBCompressionType::Zstd);
+        plain_options.set_level_compaction_dynamic_level_bytes(true);
+        plain_options.set_write_buffer_size(WRITE_BUFFER_BYTES);
+        plain_options.set_max_write_buffer_number(WRITE_BUFFERS_MAX);
+        plain_options.set_target_file_size_base(32 << 20);
+        plain_options.set_max_bytes_for_level_base(128 << 20);
+        plain_options.set_memtable_whole_key_filtering(true);
+        plain_options.set_memtable_prefix_bloom_ratio(0.05);
+
+        Ok(Self { database_options, keys_options: plain_options.clone(), plain_options, block_cache, write_buffers })
+    }
+
+    pub fn block_cache_bytes(&self) -> usize {
+        self.block_cache.get_usage()
+    }
+
+    pub fn memtable_bytes(&self) -> usize {
+        self.write_buffers.get_usage()
+    }
+
+    /// Opens the database of a shard, or makes it.
+    pub fn open(&self, path: &Path, rules: garbage::Rules) -> Result<database::Database, EngineError> {
+        database::Database::open(self, path, rules)
+    }
+}
+
+fn compact_all_options() -> CompactOptions {
+    let mut options = CompactOptions::default();
+    options.set_bottommost_level_compaction(BottommostLevelCompaction::Force);
+    options
+}

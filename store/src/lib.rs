@@ -1,0 +1,17 @@
+//! The store: runs commands on its shards, one RocksDB per shard.
+//!
+//! Arrows point one way: `rpc` -> `shard` -> `command` -> `engine`; `node` owns the data folder and what is in it,
+//! `registration` speaks with the master on the public API alone.
+
+mod command;
+pub mod config;
+mod engine;
+mod metrics;
+mod node;
+pub mod registration;
+mod rpc;
+mod shard;
+
+pub use config::{Config, Fsync, MemoryConfig};
+pub use node::{Bound, ClusterError, OpenError, PutRecordError, RunError, Store, StoreHandle};
+pub use shard::session::{LateAnswers, Session};

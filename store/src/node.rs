@@ -1,0 +1,471 @@
+//! A store's life: its data folder (lock, identity, records), its shards and threads, from open to close.
+
+use crate::config::{Config, Limits};
+use crate::engine::garbage::Rules;
+use crate::engine::{Engine, EngineError};
+use crate::rpc;
+use crate::shard::Shard;
+use crate::shard::durability::SyncBell;
+use crate::shard::executor::Core;
+use crate::shard::lane::LanePool;
+use crate::shard::map::{Entry, Shards};
+use crate::shard::session::{self, LateAnswers, Session};
+use crate::shard::stripes::Stripes;
+use parking_lot::Mutex;
+use prost::Message;
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use thiserror::Error;
+use tokio_util::sync::CancellationToken;
+use vasto_proto::id::{ClusterId, KeyspaceId, ShardKey, StoreId};
+use vasto_proto::pb;
+use vasto_proto::slot::SlotTable;
+use vasto_proto::topology::KeyspaceRecord;
+
+/// The layout of the data folder that this code reads and writes.
+const FORMAT_VERSION: u32 = 1;
+
+/// Why a store does not start.
+#[derive(Debug, Error)]
+pub enum OpenError {
+    #[error("data folder {0} is used by another process")]
+    InUse(PathBuf),
+    #[error("data folder {path} has format version {found}; this program knows {FORMAT_VERSION} and older")]
+    NewerFormat { path: PathBuf, found: u32 },
+    #[error("{path} is damaged: {reason}")]
+    Damaged { path: PathBuf, reason: String },
+    #[error("cannot use {path}")]
+    Io { path: PathBuf, source: io::Error },
+    #[error("cannot start a thread")]
+    Thread(#[source] io::Error),
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+}
+
+/// Why a record was not accepted.
+#[derive(Debug, Error)]
+pub enum PutRecordError {
+    #[error("another record of keyspace {keyspace} with epoch {epoch} is here already")]
+    Conflict { keyspace: KeyspaceId, epoch: u64 },
+    #[error("cannot persist the record of keyspace {keyspace}")]
+    Persist { keyspace: KeyspaceId, source: io::Error },
+    /// The record is persisted; this shard cannot be served.
+    #[error("cannot open shard {shard}: {source}")]
+    OpenShard { shard: ShardKey, source: EngineError },
+    #[error("the store is closed")]
+    Closed,
+}
+
+/// Why a cluster id was not accepted.
+#[derive(Debug, Error)]
+pub enum ClusterError {
+    #[error("this store belongs to cluster {own}, not {other}")]
+    Another { own: ClusterId, other: ClusterId },
+    #[error("cannot persist the cluster id")]
+    Persist(#[from] io::Error),
+}
+
+/// Why a server ended before it was told to.
+#[derive(Debug, Error)]
+pub enum RunError {
+    #[error("cannot start a worker")]
+    Worker(#[source] io::Error),
+    #[error("worker {0} ended unexpectedly")]
+    WorkerEnded(usize),
+}
+
+/// An opened store that does not serve yet.
+pub struct Store {
+    node: Arc<Node>,
+}
+
+/// A store that has an address.
+pub struct Bound {
+    node: Arc<Node>,
+    listener: tokio::net::TcpListener,
+    address: SocketAddr,
+}
+
+/// The store as others in its process use it.
+#[derive(Clone)]
+pub struct StoreHandle {
+    node: Arc<Node>,
+}
+
+/// What a store consists of.
+struct Node {
+    id: StoreId,
+    config: Config,
+    core: Arc<Core>,
+    cluster: Mutex<ClusterId>,
+    records: Mutex<BTreeMap<KeyspaceId, KeyspaceRecord>>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+    closed: AtomicBool,
+    /// Held while the store lives, so that no second process opens the folder.
+    _lock: File,
+}
+
+impl Store {
+    /// Opens the data folder and the shards in it; makes both at the first start.
+    pub fn open(config: Config) -> Result<Self, OpenError> {
+        let folder = &config.data;
+        let io_error = |path: &Path| {
+            let path = path.to_owned();
+            move |source| OpenError::Io { path, source }
+        };
+        for path in [folder.clone(), folder.join("records"), folder.join("shards")] {
+            fs::create_dir_all(&path).map_err(io_error(&path))?;
+        }
+        let lock = lock(folder)?;
+        let identity = Identity::load_or_draw(folder)?;
+        let records = load_records(folder)?;
+        let core = Arc::new(Core {
+            engine: Engine::new(&config)?,
+            limits: Limits { proto_max_bulk_len: config.proto_max_bulk_len },
+            stripes: Stripes::new(config.memory.row_cache_bytes),
+            shards: Shards::default(),
+            pool: LanePool::default(),
+            sync_bell: SyncBell::default(),
+            counters: Default::default(),
+        });
+        let node = Node {
+            id: identity.store,
+            core,
+            cluster: Mutex::new(identity.cluster),
+            records: Mutex::new(records),
+            threads: Mutex::default(),
+            closed: AtomicBool::new(false),
+            config,
+            _lock: lock,
+        };
+        for record in node.records.lock().values() {
+            if let Err(error) = node.open_shards(record) {
+                // The others serve; the gate refuses this one with the reason.
+                tracing::error!(%error, "a shard is not served");
+            }
+        }
+        node.start_threads().map_err(OpenError::Thread)?;
+        Ok(Self { node: Arc::new(node) })
+    }
+
+    pub fn handle(&self) -> StoreHandle {
+        StoreHandle { node: Arc::clone(&self.node) }
+    }
+
+    pub async fn bind(self) -> io::Result<Bound> {
+        let listener = tokio::net::TcpListener::bind(self.node.config.listen).await?;
+        let address = listener.local_addr()?;
+        Ok(Bound { node: self.node, listener, address })
+    }
+}
+
+impl Bound {
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    pub fn handle(&self) -> StoreHandle {
+        StoreHandle { node: Arc::clone(&self.node) }
+    }
+
+    /// Where gateways reach the store, host:port.
+    pub fn advertised(&self) -> String {
+        self.node.config.advertise.clone().unwrap_or_else(|| self.address.to_string())
+    }
+
+    /// Serves until `shutdown`, then drains the streams and closes the store.
+    pub async fn run(self, shutdown: CancellationToken) -> Result<(), RunError> {
+        let handle = self.handle();
+        let workers = match self.node.config.workers {
+            0 => std::thread::available_parallelism().map_or(1, usize::from),
+            workers => workers,
+        };
+        let served = rpc::server::serve(&handle, self.listener, workers, shutdown).await;
+        let closing = tokio::task::spawn_blocking(move || handle.close());
+        if closing.await.is_err() {
+            tracing::error!("closing the store panicked");
+        }
+        served
+    }
+}
+
+impl StoreHandle {
+    pub fn id(&self) -> StoreId {
+        self.node.id
+    }
+
+    /// 0 until the store has joined a cluster.
+    pub fn cluster(&self) -> ClusterId {
+        *self.node.cluster.lock()
+    }
+
+    /// Joins a cluster for good; refuses if the store belongs to another. Blocks on the disk.
+    pub fn set_cluster(&self, cluster: ClusterId) -> Result<(), ClusterError> {
+        let mut own = self.node.cluster.lock();
+        if *own == cluster {
+            return Ok(());
+        }
+        if *own != ClusterId(0) {
+            return Err(ClusterError::Another { own: *own, other: cluster });
+        }
+        Identity { store: self.node.id, cluster }.save(&self.node.config.data)?;
+        *own = cluster;
+        Ok(())
+    }
+
+    pub fn records(&self) -> Vec<KeyspaceRecord> {
+        self.node.records.lock().values().cloned().collect()
+    }
+
+    /// Persists a record and serves the shards in it that are this store's; an older one than that here is ignored. Blocks on
+    /// the disk.
+    pub fn put_record(&self, record: KeyspaceRecord) -> Result<(), PutRecordError> {
+        self.node.put_record(record)
+    }
+
+    /// Bytes free on the disk of the data folder; 0 if that cannot be told.
+    pub fn free_disk_bytes(&self) -> u64 {
+        rustix::fs::statvfs(&self.node.config.data).map_or(0, |disk| disk.f_bavail * disk.f_frsize)
+    }
+
+    /// A conversation for one gateway worker, and where its late answers come out. Drop both before the store is opened again.
+    pub fn open_session(&self) -> (Session, LateAnswers) {
+        session::open(&self.node.core)
+    }
+
+    /// The longest value in bytes.
+    pub fn proto_max_bulk_len(&self) -> usize {
+        self.node.config.proto_max_bulk_len
+    }
+
+    /// Rewrites the files of all shards, dropping what is dead. Blocks for long.
+    pub fn compact(&self) {
+        for shard in self.node.core.shards.current().serving() {
+            shard.database.compact();
+        }
+    }
+
+    #[cfg(test)]
+    pub(crate) fn core(&self) -> &Core {
+        &self.node.core
+    }
+
+    /// Stops serving, writes out and syncs everything; a second call does nothing. Blocks on the disk.
+    pub fn close(&self) {
+        self.node.close();
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+impl Node {
+    fn start_threads(&self) -> io::Result<()> {
+        let mut threads = self.threads.lock();
+        let core = Arc::clone(&self.core);
+        threads.push(std::thread::Builder::new().name("store-sync".into()).spawn(move || SyncBell::run(&core))?);
+        for number in 0..self.config.lane_threads.max(1) {
+            let core = Arc::clone(&self.core);
+            let thread = std::thread::Builder::new().name(format!("store-lane-{number}"));
+            threads.push(thread.spawn(move || LanePool::run(&core))?);
+        }
+        Ok(())
+    }
+
+    fn close(&self) {
+        if self.closed.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        // No record is accepted from here on: whoever holds the lock now finishes first.
+        let _records = self.records.lock();
+        let shards = &self.core.shards;
+        let map = shards.current();
+        for key in map.keys() {
+            shards.set(key, Some(Entry::Failed("the store is stopping".to_owned())));
+        }
+        self.core.pool.stop();
+        self.core.sync_bell.stop();
+        for thread in self.threads.lock().drain(..) {
+            let name = thread.thread().name().unwrap_or_default().to_owned();
+            if thread.join().is_err() {
+                tracing::error!(thread = name, "a thread had panicked");
+            }
+        }
+        for shard in map.serving() {
+            // Releases the answers that wait for it.
+            shard.sync();
+            if let Err(error) = shard.database.flush().and_then(|()| shard.database.sync_log()) {
+                tracing::error!(shard = %shard.key, %error, "cannot write out the shard; its log is read at the next start");
+            }
+        }
+    }
+
+    fn put_record(&self, record: KeyspaceRecord) -> Result<(), PutRecordError> {
+        let mut records = self.records.lock();
+        if self.closed.load(Ordering::Acquire) {
+            return Err(PutRecordError::Closed);
+        }
+        let is_known = match records.get(&record.id) {
+            Some(own) if own.epoch > record.epoch => return Ok(()),
+            Some(own) if own.epoch == record.epoch && *own != record => {
+                return Err(PutRecordError::Conflict { keyspace: record.id, epoch: record.epoch.0 });
+            }
+            Some(own) => own.epoch == record.epoch,
+            None => false,
+        };
+        if !is_known {
+            save_record(&self.config.data, &record)
+                .map_err(|source| PutRecordError::Persist { keyspace: record.id, source })?;
+            records.insert(record.id, record.clone());
+        }
+        self.open_shards(&record)
+    }
+
+    /// Makes the shards served here those of the record; returns the first failure, having tried all.
+    fn open_shards(&self, record: &KeyspaceRecord) -> Result<(), PutRecordError> {
+        let shards = &self.core.shards;
+        let table = SlotTable::new(record.shard_count());
+        let is_only_copy = record.copies == 1;
+        let mut result = Ok(());
+        let own: Vec<_> = record.shards_of(self.id).collect();
+        for key in shards.current().keys() {
+            if key.keyspace == record.id && own.iter().all(|(shard, _)| *shard != key.shard) {
+                shards.set(key, None);
+            }
+        }
+        for (shard, described) in own {
+            let key = ShardKey { keyspace: record.id, shard };
+            if let Some(Entry::Serving(open)) = shards.current().entry(key) {
+                open.database.garbage().set_is_only_copy(is_only_copy);
+                open.set_epoch(described.epoch);
+                continue;
+            }
+            shards.set(key, Some(Entry::Opening));
+            let path = self.config.data.join("shards").join(format!("{}-{}", key.keyspace, key.shard));
+            let rules = Rules { grace: self.config.gc_grace, is_only_copy };
+            let opened = self.core.engine.open(&path, rules).and_then(|database| {
+                Shard::new(key, described.epoch, self.id, &table, database, self.config.fsync)
+            });
+            match opened {
+                Ok(shard) => shards.set(key, Some(Entry::Serving(Arc::new(shard)))),
+                Err(source) => {
+                    shards.set(key, Some(Entry::Failed(source.to_string())));
+                    if result.is_ok() {
+                        result = Err(PutRecordError::OpenShard { shard: key, source });
+                    }
+                }
+            }
+        }
+        result
+    }
+}
+
+fn lock(folder: &Path) -> Result<File, OpenError> {
+    let path = folder.join("LOCK");
+    let file = File::options().create(true).truncate(false).write(true).open(&path);
+    let file = file.map_err(|source| OpenError::Io { path, source })?;
+    match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(file),
+        Err(rustix::io::Errno::WOULDBLOCK) => Err(OpenError::InUse(folder.to_owned())),
+        Err(error) => Err(OpenError::Io { path: folder.to_owned(), source: error.into() }),
+    }
+}
+
+/// Who the store is: one small text file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Identity {
+    store: StoreId,
+    cluster: ClusterId,
+}
+
+impl Identity {
+    fn load_or_draw(folder: &Path) -> Result<Self, OpenError> {
+        let path = folder.join("identity");
+        let text = match fs::read_to_string(&path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let drawn = Self { store: StoreId(fastrand::u32(1..)), cluster: ClusterId(0) };
+                drawn.save(folder).map_err(|source| OpenError::Io { path, source })?;
+                return Ok(drawn);
+            }
+            Err(source) => return Err(OpenError::Io { path, source }),
+        };
+        let damaged = |reason: &str| OpenError::Damaged { path: path.clone(), reason: reason.to_owned() };
+        let field = |name: &str| {
+            let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('='));
+            line.ok_or_else(|| damaged(&format!("it has no {name}")))
+        };
+        let format = field("format")?.parse().map_err(|_| damaged("format is no number"))?;
+        if format > FORMAT_VERSION {
+            return Err(OpenError::NewerFormat { path: folder.to_owned(), found: format });
+        }
+        let store = u32::from_str_radix(field("store")?, 16).map_err(|_| damaged("store is no number"))?;
+        let cluster = u64::from_str_radix(field("cluster")?, 16).map_err(|_| damaged("cluster is no number"))?;
+        Ok(Self { store: StoreId(store), cluster: ClusterId(cluster) })
+    }
+
+    fn save(&self, folder: &Path) -> io::Result<()> {
+        let text = format!("format={FORMAT_VERSION}\nstore={}\ncluster={}\n", self.store, self.cluster);
+        replace_file(folder, "identity", text.as_bytes())
+    }
+}
+
+/// Writes a file so that after a crash it has either its old or its new content.
+fn replace_file(folder: &Path, name: &str, content: &[u8]) -> io::Result<()> {
+    let new = folder.join(format!("{name}.new"));
+    let mut file = File::create(&new)?;
+    file.write_all(content)?;
+    file.sync_all()?;
+    fs::rename(&new, folder.join(name))?;
+    File::open(folder)?.sync_all()
+}
+
+/// FNV-1a: finds a torn or flipped file, not an attacker.
+fn checksum(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |sum, byte| (sum ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))
+}
+
+fn save_record(folder: &Path, record: &KeyspaceRecord) -> io::Result<()> {
+    let message = pb::KeyspaceRecord::from(record).encode_to_vec();
+    let mut content = checksum(&message).to_be_bytes().to_vec();
+    content.extend_from_slice(&message);
+    replace_file(&folder.join("records"), &record.id.to_string(), &content)
+}
+
+fn load_records(folder: &Path) -> Result<BTreeMap<KeyspaceId, KeyspaceRecord>, OpenError> {
+    let folder = folder.join("records");
+    let io_error = |path: &Path| {
+        let path = path.to_owned();
+        move |source| OpenError::Io { path, source }
+    };
+    let mut records = BTreeMap::new();
+    for entry in fs::read_dir(&folder).map_err(io_error(&folder))? {
+        let path = entry.map_err(io_error(&folder))?.path();
+        if path.extension().is_some() {
+            // A half-written `.new` that a crash left.
+            continue;
+        }
+        let content = fs::read(&path).map_err(io_error(&path))?;
+        let record = decode_record(&content).map_err(|reason| OpenError::Damaged { path, reason })?;
+        records.insert(record.id, record);
+    }
+    Ok(records)
+}
+
+fn decode_record(content: &[u8]) -> Result<KeyspaceRecord, String> {
+    let (sum, message) = content.split_first_chunk::<8>().ok_or("it is too short")?;
+    if u64::from_be_bytes(*sum) != checksum(message) {
+        return Err("its checksum is wrong".to_owned());
+    }
+    let message = pb::KeyspaceRecord::decode(message).map_err(|error| error.to_string())?;
+    KeyspaceRecord::try_from(message).map_err(|error| error.to_string())
+}

@@ -1,0 +1,5 @@
+//! The gRPC side of the store: sockets to workers, streams to sessions.
+
+mod pieces;
+pub mod server;
+mod stream;

@@ -1,0 +1,601 @@
+//! Runs batches: the gate, groups by shard, locks, look-ups, commands, one write, answers.
+//!
+//! The way of a group (the operations of one batch on one shard, in their order):
+//! 1. its keys are found, each once; their stripes are locked in ascending order;
+//! 2. rows come from the row cache, the rest with one look-up in RocksDB that must not touch the disk;
+//! 3. the commands run, reading through what the group has written so far;
+//! 4. everything written is one batch of RocksDB; then the row cache is brought up to date and the locks are released.
+//!
+//! On a worker, what would wait is *diverted*: nothing of the operation is executed, it goes to the blocking lane, and later
+//! operations of its connection on this shard follow it there.
+
+use super::context::{Context, Failure};
+use super::durability::SyncBell;
+use super::gate::{self, Refusal};
+use super::lane::LanePool;
+use super::map::{ShardMap, Shards};
+use super::rows::{CellIndex, Rows, State};
+use super::session::Shared;
+use super::stripes::{Patience, StripeGuard, StripeSet, Stripes};
+use super::Shard;
+use crate::command;
+use crate::config::Limits;
+use crate::engine::{Engine, EngineError, Tier, meta};
+use crate::metrics::Counters;
+use bytes::Bytes;
+use smallvec::SmallVec;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use vasto_proto::batch::{
+    Arguments, BatchError, FLAG_LARGE_PERMIT, OperationHead, Operations, Outcome, begin_answer, cancel_answer,
+    end_answer, write_answer,
+};
+use vasto_proto::command::table::StoreCommand;
+use vasto_proto::command::{Args, ReplyWriter};
+use vasto_proto::net::LARGE_VALUE_BYTES;
+
+/// What all sessions and lanes of a store share.
+pub struct Core {
+    pub engine: Engine,
+    pub limits: Limits,
+    pub stripes: Stripes,
+    pub shards: Shards,
+    pub pool: LanePool,
+    pub sync_bell: SyncBell,
+    pub counters: Counters,
+}
+
+/// Where a batch runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// On a gateway worker's thread, which must not wait.
+    Worker,
+    /// In the blocking lane.
+    Lane,
+}
+
+impl Place {
+    fn tier(self) -> Tier {
+        match self {
+            Self::Worker => Tier::Memory,
+            Self::Lane => Tier::Disk,
+        }
+    }
+
+    fn patience(self) -> Patience {
+        match self {
+            Self::Worker => Patience::Bounded(STRIPE_WAIT_MAX),
+            Self::Lane => Patience::Unbounded,
+        }
+    }
+}
+
+/// A group of 64 writes holds its stripes for about 0.2 ms; what takes longer is stuck behind a disk.
+const STRIPE_WAIT_MAX: Duration = Duration::from_millis(5);
+/// Operations with more bytes, in arguments or in a row, would hold up the others of their worker.
+const WORKER_BYTES_MAX: usize = 256 << 10;
+/// A flush of a shard with more bytes on disk asks for a compaction.
+const FLUSHED_BYTES_KEPT: u64 = 64 << 20;
+
+/// Stripes of a usual group: no allocation for their guards up to here.
+const GUARDS_INLINE: usize = 64;
+type Guards<'s> = SmallVec<[StripeGuard<'s>; GUARDS_INLINE]>;
+
+/// One operation of the batch.
+struct Operation {
+    head: OperationHead,
+    command: StoreCommand,
+    /// The whole operation's bytes in the batch.
+    start: u32,
+    end: u32,
+    arguments_start: u32,
+    arguments_count: u32,
+    /// The next operation of the same group.
+    next: u32,
+    /// Its part of [`Rows::operation_cells`].
+    cells_start: u32,
+    cells_end: u32,
+    /// It belongs in the lane whatever memory holds.
+    needs_lane: bool,
+    /// It changes what is seen of every key.
+    takes_all_keys: bool,
+    is_blind: bool,
+    fate: Fate,
+}
+
+/// What became of an operation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fate {
+    Open,
+    Answered,
+    Diverted,
+}
+
+const END: u32 = u32::MAX;
+
+impl Operation {
+    fn args<'b>(&self, batch: &'b [u8]) -> Args<'b> {
+        let packed = &batch[self.arguments_start as usize..self.end as usize];
+        Args::new(Arguments::parse(packed, self.arguments_count).expect("the operation was decoded before"))
+    }
+
+    fn has_large_permit(&self) -> bool {
+        self.head.flags & FLAG_LARGE_PERMIT != 0
+    }
+}
+
+/// The operations of a batch on one shard.
+struct Group {
+    shard: Arc<Shard>,
+    first: u32,
+    last: u32,
+}
+
+/// Runs batches one after the other; all its memory is kept from batch to batch.
+#[derive(Default)]
+pub struct Executor {
+    operations: Vec<Operation>,
+    groups: Vec<Group>,
+    rows: Rows,
+    stripes: StripeSet,
+    /// Cells that must come from RocksDB.
+    missing: Vec<CellIndex>,
+    /// Connections of the current group that have gone to the lane.
+    diverted: Vec<u32>,
+    commands_run: Vec<u32>,
+    batches_run: u32,
+}
+
+/// Nanoseconds since 1970.
+pub fn now_ns() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(now.as_nanos()).unwrap_or(u64::MAX)
+}
+
+impl Executor {
+    /// Runs a batch. Of a malformed one nothing is executed.
+    pub fn run(
+        &mut self,
+        core: &Core,
+        map: &ShardMap,
+        session: &Arc<Shared>,
+        batch: &Bytes,
+        place: Place,
+        answers: &mut Vec<u8>,
+    ) -> Result<(), BatchError> {
+        self.decode(batch)?;
+        self.admit(core, map, session, batch, place, answers);
+        let now_ns = now_ns();
+        let mut groups = std::mem::take(&mut self.groups);
+        for group in groups.drain(..) {
+            let answers_start = answers.len();
+            self.run_group(core, &group, batch, place, now_ns, answers);
+            // Guards are gone: what is durable can be waited for.
+            if answers.len() > answers_start
+                && let Some(needs) = group.shard.durability.must_wait()
+            {
+                group.shard.durability.hold(needs, answers.split_off(answers_start), Arc::clone(session));
+                core.sync_bell.ring();
+            }
+            self.divert(core, &group, session, batch);
+        }
+        self.groups = groups;
+        self.count(core, place);
+        Ok(())
+    }
+
+    fn decode(&mut self, batch: &[u8]) -> Result<(), BatchError> {
+        self.operations.clear();
+        let mut operations = Operations::new(batch);
+        loop {
+            let start = operations.offset();
+            let Some(operation) = operations.next() else { return Ok(()) };
+            let operation = operation?;
+            let end = operations.offset();
+            let command = StoreCommand::from_code(operation.head.command);
+            self.operations.push(Operation {
+                head: operation.head,
+                // An unknown one is answered in `admit` and goes no further.
+                command: command.unwrap_or(StoreCommand::Get),
+                start: start as u32,
+                end: end as u32,
+                arguments_start: (end - operation.arguments.packed().len()) as u32,
+                arguments_count: operation.arguments.len() as u32,
+                next: END,
+                cells_start: 0,
+                cells_end: 0,
+                needs_lane: false,
+                takes_all_keys: false,
+                is_blind: false,
+                fate: Fate::Open,
+            });
+        }
+    }
+
+    /// Refuses what may not run, queues what must stand behind its connection's lane, and groups the rest by shard.
+    fn admit(
+        &mut self,
+        core: &Core,
+        map: &ShardMap,
+        session: &Arc<Shared>,
+        batch: &Bytes,
+        place: Place,
+        answers: &mut Vec<u8>,
+    ) {
+        let has_lanes = place == Place::Worker && session.busy.load(Ordering::Acquire) > 0;
+        for index in 0..self.operations.len() {
+            let operation = &mut self.operations[index];
+            let head = operation.head;
+            if has_lanes && session.lanes.lock().contains_key(&(head.connection, head.target)) {
+                operation.fate = Fate::Diverted;
+                let bytes = batch.slice(operation.start as usize..operation.end as usize);
+                session.divert(&core.pool, (head.connection, head.target), &bytes);
+                continue;
+            }
+            let bytes = (operation.end - operation.start) as usize;
+            let refusal = if StoreCommand::from_code(head.command).is_none() {
+                operation.fate = Fate::Answered;
+                let answer = begin_answer(answers, head.id, Outcome::Reply);
+                let text = format!("ERR this store is older than the gateway and lacks command {}", head.command);
+                ReplyWriter::new(answers).error(&text);
+                end_answer(answers, answer);
+                continue;
+            } else if bytes > LARGE_VALUE_BYTES && !operation.has_large_permit() {
+                (Outcome::NeedsLargePermit, String::new())
+            } else {
+                match self.groups.iter().position(|group| group.shard.key == head.target) {
+                    Some(group) if self.groups[group].shard.epoch() == head.epoch => {
+                        let group = &mut self.groups[group];
+                        self.operations[group.last as usize].next = index as u32;
+                        group.last = index as u32;
+                        self.prepare(index, batch, place);
+                        continue;
+                    }
+                    Some(_) | None => match gate::check(map, &head) {
+                        Ok(shard) => {
+                            let (first, last) = (index as u32, index as u32);
+                            self.groups.push(Group { shard: Arc::clone(shard), first, last });
+                            self.prepare(index, batch, place);
+                            continue;
+                        }
+                        Err(refusal) => refusal,
+                    },
+                }
+            };
+            self.operations[index].fate = Fate::Answered;
+            refuse(answers, head.id, &refusal);
+        }
+    }
+
+    /// Learns from the command what the executor must know.
+    fn prepare(&mut self, index: usize, batch: &[u8], place: Place) {
+        let operation = &mut self.operations[index];
+        let args = operation.args(batch);
+        operation.is_blind = command::is_blind(operation.command, args);
+        operation.takes_all_keys = command::takes_all_keys(operation.command, args);
+        let bytes = (operation.end - operation.start) as usize;
+        operation.needs_lane = place == Place::Worker
+            && (bytes > WORKER_BYTES_MAX || command::needs_lane(operation.command, args));
+    }
+
+    fn run_group(
+        &mut self,
+        core: &Core,
+        group: &Group,
+        batch: &[u8],
+        place: Place,
+        now_ns: u64,
+        answers: &mut Vec<u8>,
+    ) {
+        let shard = &*group.shard;
+        self.rows.clear();
+        self.stripes.clear();
+        self.diverted.clear();
+        self.find_cells(core, group, batch);
+        if place == Place::Lane {
+            self.read_ahead(shard, batch);
+        }
+        let mut guards = Guards::new();
+        if !self.stripes.lock(&core.stripes, place.patience(), &mut guards) {
+            drop(guards);
+            self.divert_all(group);
+            return;
+        }
+        self.load(core, shard, batch, place, &mut guards);
+        let answers_start = answers.len();
+        self.run_commands(core, group, batch, place, now_ns, &guards, answers);
+        match self.commit(shard, batch, place) {
+            Ok(()) => {
+                self.refresh_cache(shard, batch, &mut guards);
+                if self.rows.flush.is_some() && shard.database.disk_bytes() > FLUSHED_BYTES_KEPT {
+                    core.pool.schedule_compaction(Arc::clone(&group.shard));
+                }
+            }
+            Err(EngineError::Stalled | EngineError::NotInMemory) => {
+                // Nothing was written: the answers are taken back and the lane waits until it can be.
+                answers.truncate(answers_start);
+                self.divert_all(group);
+            }
+            Err(EngineError::Failed(text)) => {
+                shard.fail(&text);
+                answers.truncate(answers_start);
+                self.answer_unknown(group, &text, answers);
+            }
+        }
+    }
+
+    /// Step 1: the cells of all keys, and their stripes.
+    fn find_cells(&mut self, core: &Core, group: &Group, batch: &[u8]) {
+        let mut next = group.first;
+        while next != END {
+            let operation = &mut self.operations[next as usize];
+            next = operation.next;
+            if operation.needs_lane || self.diverted.contains(&operation.head.connection) {
+                self.diverted.push(operation.head.connection);
+                operation.fate = Fate::Diverted;
+                continue;
+            }
+            if operation.takes_all_keys {
+                self.stripes.add_all();
+            }
+            operation.cells_start = self.rows.operation_cells.len() as u32;
+            for key in command::keys_of(operation.command, operation.args(batch)) {
+                let hash = core.stripes.hash(group.shard.instance, key);
+                let (index, is_new) = self.rows.cell(key, hash, batch);
+                if is_new {
+                    self.stripes.add(hash);
+                    self.rows.cells[index as usize].wanted = !operation.is_blind;
+                }
+                self.rows.operation_cells.push(index);
+            }
+            operation.cells_end = self.rows.operation_cells.len() as u32;
+        }
+    }
+
+    /// In the lane: brings the rows' blocks into memory before any lock is taken.
+    fn read_ahead(&mut self, shard: &Shard, batch: &[u8]) {
+        self.missing.clear();
+        for index in 0..self.rows.cells.len() {
+            if self.rows.cells[index].wanted && self.rows.locate(index as CellIndex, batch, |slot| shard.owns(slot)) {
+                self.missing.push(index as CellIndex);
+            }
+        }
+        let keys = self.missing.iter().map(|cell| self.rows.physical(*cell));
+        drop(shard.database.get_many(keys, Tier::Disk));
+    }
+
+    /// Step 2: rows from the row cache, the others from RocksDB.
+    fn load(&mut self, core: &Core, shard: &Shard, batch: &[u8], place: Place, guards: &mut Guards<'_>) {
+        let mut hits = 0;
+        self.missing.clear();
+        for index in 0..self.rows.cells.len() {
+            let cell = &mut self.rows.cells[index];
+            cell.guard = self.stripes.position(cell.hash);
+            let cache = &mut guards[cell.guard as usize].cache;
+            match cache.find(cell.hash, shard.instance, cell.key(batch)) {
+                Some(row) => {
+                    cell.state = State::Cached(row);
+                    cell.was_cached = true;
+                    hits += 1;
+                }
+                None => {
+                    let wanted = cell.wanted;
+                    let cell = index as CellIndex;
+                    if self.rows.locate(cell, batch, |slot| shard.owns(slot)) && wanted {
+                        self.missing.push(cell);
+                    }
+                }
+            }
+        }
+        core.counters.looked_up(hits, self.missing.len() as u64);
+        let tier = place.tier();
+        let too_large = |row: &[u8]| place == Place::Worker && row.len() > WORKER_BYTES_MAX;
+        match self.missing.as_slice() {
+            [] => {}
+            [one] => {
+                let row = shard.database.get(self.rows.physical(*one), tier);
+                self.rows.loaded(*one, borrowed(&row), too_large);
+            }
+            several => {
+                let keys = several.iter().map(|cell| self.rows.physical(*cell));
+                let rows = shard.database.get_many(keys, tier);
+                for (cell, row) in several.iter().zip(&rows) {
+                    self.rows.loaded(*cell, borrowed(row), too_large);
+                }
+            }
+        }
+    }
+
+    /// Step 3.
+    #[expect(clippy::too_many_arguments, reason = "what one group works on, borrowed separately")]
+    fn run_commands(
+        &mut self,
+        core: &Core,
+        group: &Group,
+        batch: &[u8],
+        place: Place,
+        now_ns: u64,
+        guards: &Guards<'_>,
+        answers: &mut Vec<u8>,
+    ) {
+        let mut next = group.first;
+        while next != END {
+            let operation = &mut self.operations[next as usize];
+            next = operation.next;
+            if operation.fate != Fate::Open {
+                continue;
+            }
+            let id = operation.head.id;
+            let cells = operation.cells_start as usize..operation.cells_end as usize;
+            if !self.diverted.is_empty() && self.diverted.contains(&operation.head.connection) {
+                operation.fate = Fate::Diverted;
+                continue;
+            }
+            if !operation.has_large_permit() && self.rows.has_fetched_above(&cells, LARGE_VALUE_BYTES) {
+                operation.fate = Fate::Answered;
+                write_answer(answers, id, Outcome::NeedsLargePermit, &[]);
+                continue;
+            }
+            let answer = begin_answer(answers, id, Outcome::Reply);
+            let body_start = answers.len();
+            self.rows.mark();
+            let mut context = Context {
+                rows: &mut self.rows,
+                stripes: guards,
+                shard: &group.shard,
+                batch,
+                answers,
+                limits: &core.limits,
+                tier: place.tier(),
+                now_ns,
+                now_ms: now_ns / 1_000_000,
+                hint: 0,
+                cells,
+            };
+            let ran = command::run(operation.command, &mut context, operation.args(batch));
+            operation.fate = Fate::Answered;
+            let Err(failure) = ran else {
+                end_answer(answers, answer);
+                continue;
+            };
+            self.rows.roll_back();
+            match (failure, place) {
+                (Failure::Error(error), _) => {
+                    answers.truncate(body_start);
+                    ReplyWriter::new(answers).error(error.text());
+                    end_answer(answers, answer);
+                }
+                (Failure::Refused(outcome, text), _) => {
+                    cancel_answer(answers, answer);
+                    write_answer(answers, id, outcome, text.as_bytes());
+                }
+                (Failure::Diverted, Place::Worker) => {
+                    cancel_answer(answers, answer);
+                    operation.fate = Fate::Diverted;
+                    self.diverted.push(operation.head.connection);
+                }
+                (Failure::Diverted, Place::Lane) => {
+                    cancel_answer(answers, answer);
+                    write_answer(answers, id, Outcome::NotServing, b"the shard could not read its rows");
+                }
+            }
+        }
+    }
+
+    /// Step 4: one batch of writes.
+    fn commit(&mut self, shard: &Shard, batch: &[u8], place: Place) -> Result<(), EngineError> {
+        let (mut rows, mut bytes) = (0, 0);
+        for index in 0..self.rows.cells.len() {
+            let cell = &self.rows.cells[index];
+            if let (true, State::Bytes { length, .. }) = (cell.dirty, &cell.state) {
+                rows += 1;
+                bytes += length;
+                // A cached row's key was not located before; its slot is the shard's, or it would not be cached.
+                self.rows.locate(index as CellIndex, batch, |_| true);
+                bytes += self.rows.physical(index as CellIndex).len();
+            }
+        }
+        if rows == 0 && self.rows.flush.is_none() {
+            return Ok(());
+        }
+        let mut writes = shard.database.writes(rows, bytes);
+        for (index, cell) in self.rows.cells.iter().enumerate() {
+            if let (true, State::Bytes { start, length }) = (cell.dirty, &cell.state) {
+                writes.put_row(self.rows.physical(index as CellIndex), &self.rows.bytes[*start..*start + *length]);
+            }
+        }
+        if let Some(stamp) = self.rows.flush {
+            writes.put_meta(meta::FLUSH, &stamp.to_bytes());
+        }
+        shard.database.write(writes, place.tier())?;
+        if let Some(stamp) = self.rows.flush {
+            shard.database.garbage().flushed(stamp.ns);
+        }
+        shard.durability.wrote();
+        Ok(())
+    }
+
+    /// Rows that were read are kept, kept rows that were written are changed.
+    fn refresh_cache(&mut self, shard: &Shard, batch: &[u8], guards: &mut Guards<'_>) {
+        for cell in &self.rows.cells {
+            if !cell.fetched && !(cell.dirty && cell.was_cached) {
+                continue;
+            }
+            let State::Bytes { start, length } = cell.state else { continue };
+            let row = &self.rows.bytes[start..start + length];
+            let cache = &mut guards[cell.guard as usize].cache;
+            if cell.fetched {
+                cache.insert(cell.hash, shard.instance, cell.key(batch), row);
+            } else {
+                cache.update(cell.hash, shard.instance, cell.key(batch), row);
+            }
+        }
+    }
+
+    fn divert_all(&mut self, group: &Group) {
+        let mut next = group.first;
+        while next != END {
+            let operation = &mut self.operations[next as usize];
+            next = operation.next;
+            operation.fate = Fate::Diverted;
+        }
+    }
+
+    /// Queues what was diverted, in order, after the group's own writes are done.
+    fn divert(&mut self, core: &Core, group: &Group, session: &Arc<Shared>, batch: &Bytes) {
+        let mut next = group.first;
+        while next != END {
+            let operation = &self.operations[next as usize];
+            next = operation.next;
+            if operation.fate == Fate::Diverted {
+                let bytes = batch.slice(operation.start as usize..operation.end as usize);
+                session.divert(&core.pool, (operation.head.connection, operation.head.target), &bytes);
+            }
+        }
+    }
+
+    fn answer_unknown(&mut self, group: &Group, text: &str, answers: &mut Vec<u8>) {
+        let mut next = group.first;
+        while next != END {
+            let operation = &self.operations[next as usize];
+            next = operation.next;
+            if operation.fate == Fate::Answered {
+                write_answer(answers, operation.head.id, Outcome::Unknown, text.as_bytes());
+            }
+        }
+    }
+
+    /// Notes what was run; the shared counters are touched once in some batches.
+    fn count(&mut self, core: &Core, place: Place) {
+        if place == Place::Worker {
+            core.counters.batch(self.operations.len());
+        }
+        self.commands_run.resize(vasto_proto::command::table::STORE_ROWS.len(), 0);
+        for operation in &self.operations {
+            if operation.fate == Fate::Answered {
+                self.commands_run[operation.command as usize] += 1;
+            }
+        }
+        self.batches_run += 1;
+        if self.batches_run.is_multiple_of(COUNTED_BATCHES) || place == Place::Lane {
+            core.counters.commands(&mut self.commands_run);
+        }
+    }
+}
+
+/// Batches between two visits of the shared counters.
+const COUNTED_BATCHES: u32 = 64;
+
+fn borrowed<'r, R: std::ops::Deref<Target = [u8]>>(
+    row: &'r Result<Option<R>, EngineError>,
+) -> Result<Option<&'r [u8]>, EngineError> {
+    match row {
+        Ok(row) => Ok(row.as_deref()),
+        Err(error) => Err(error.clone()),
+    }
+}
+
+fn refuse(answers: &mut Vec<u8>, id: u32, (outcome, text): &Refusal) {
+    write_answer(answers, id, *outcome, text.as_bytes());
+}

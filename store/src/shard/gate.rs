@@ -1,0 +1,28 @@
+//! The one place that decides whether an operation may run on a shard. A refusal here is definite: nothing was executed.
+
+use super::Shard;
+use super::map::{Entry, ShardMap};
+use std::sync::Arc;
+use vasto_proto::batch::{OperationHead, Outcome};
+
+/// Why an operation may not run.
+pub type Refusal = (Outcome, String);
+
+/// The shard of an operation, if it is here, serves, and is meant at the right epoch.
+pub fn check<'m>(map: &'m ShardMap, head: &OperationHead) -> Result<&'m Arc<Shard>, Refusal> {
+    match map.entry(head.target) {
+        Some(Entry::Serving(shard)) if shard.is_failed() => {
+            Err((Outcome::NotServing, format!("shard {} met an error of its disk", head.target)))
+        }
+        Some(Entry::Serving(shard)) if shard.epoch() == head.epoch => Ok(shard),
+        Some(Entry::Serving(shard)) => Err((
+            Outcome::WrongEpoch,
+            format!("shard {} is at epoch {}, not {}", head.target, shard.epoch(), head.epoch),
+        )),
+        Some(Entry::Opening) => Err((Outcome::NotServing, format!("shard {} is being opened", head.target))),
+        Some(Entry::Failed(text)) => {
+            Err((Outcome::NotServing, format!("shard {} cannot be opened: {text}", head.target)))
+        }
+        None => Err((Outcome::NotHere, format!("shard {} is not on this store", head.target))),
+    }
+}

@@ -1,0 +1,230 @@
+//! Draws stamps: event times that only grow and sequences that are never used twice, crashes included.
+//!
+//! An upper bound of both lies in `meta`, ahead of what is used, and is written before a stamp above it is drawn. After a
+//! crash the generator goes on above the bound.
+
+use crate::engine::database::Database;
+use crate::engine::{EngineError, Tier, meta};
+use parking_lot::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+use vasto_proto::id::StoreId;
+use vasto_proto::row::Stamp;
+
+/// How far the bounds run ahead: one write of `meta` a second at most, and a restart skips no more than this.
+const AHEAD_NS: u64 = 3_000_000_000;
+const AHEAD_SEQUENCES: u64 = 1 << 20;
+/// A power cut can take the last second of the log, and with it a raise of the bound: a restart skips as many sequences as two
+/// raises cover.
+const SKIPPED_SEQUENCES: u64 = 2 * AHEAD_SEQUENCES;
+
+/// What lies in `meta`: nothing above it was ever drawn.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Bound {
+    ns: u64,
+    sequence: u64,
+}
+
+impl Bound {
+    fn to_bytes(self) -> [u8; 16] {
+        let mut out = [0; 16];
+        out[..8].copy_from_slice(&self.ns.to_be_bytes());
+        out[8..].copy_from_slice(&self.sequence.to_be_bytes());
+        out
+    }
+
+    fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        let (ns, sequence) = bytes.split_first_chunk::<8>()?;
+        Some(Self { ns: u64::from_be_bytes(*ns), sequence: u64::from_be_bytes(*sequence.first_chunk()?) })
+    }
+}
+
+/// The generator of one shard.
+#[derive(Debug)]
+pub struct Stamps {
+    origin: u32,
+    /// The largest event time drawn.
+    last_ns: AtomicU64,
+    /// The next sequence.
+    next_sequence: AtomicU64,
+    bound_ns: AtomicU64,
+    bound_sequence: AtomicU64,
+    raising: Mutex<()>,
+    /// What [`Stamps::was_used_since_last_asked`] was told last.
+    asked: AtomicU64,
+}
+
+/// Some stamps drawn together: their event times and sequences are consecutive.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct StampBlock {
+    next: Stamp,
+    left: u64,
+}
+
+impl StampBlock {
+    /// The next stamp; draws `wanted` more when none is left.
+    pub fn next(
+        &mut self,
+        stamps: &Stamps,
+        now_ns: u64,
+        wanted: u64,
+        database: &Database,
+        tier: Tier,
+    ) -> Result<Stamp, EngineError> {
+        if self.left == 0 {
+            let count = wanted.max(1);
+            self.next = stamps.draw(now_ns, count, |bound| database.put_meta(meta::STAMPS, bound, tier))?;
+            self.left = count;
+        }
+        let stamp = self.next;
+        self.next.ns += 1;
+        self.next.sequence += 1;
+        self.left -= 1;
+        Ok(stamp)
+    }
+}
+
+impl Stamps {
+    pub fn open(origin: StoreId, database: &Database) -> Result<Self, EngineError> {
+        let bound = match database.meta(meta::STAMPS)?.as_deref() {
+            None => Bound::default(),
+            Some(bytes) => Bound::from_bytes(bytes)
+                .ok_or_else(|| EngineError::Failed("the bound of the stamps in meta is malformed".into()))?,
+        };
+        Ok(Self::above(origin, bound))
+    }
+
+    fn above(origin: StoreId, bound: Bound) -> Self {
+        let sequence = if bound == Bound::default() { 1 } else { bound.sequence + SKIPPED_SEQUENCES };
+        Self {
+            origin: origin.0,
+            last_ns: AtomicU64::new(bound.ns),
+            next_sequence: AtomicU64::new(sequence),
+            bound_ns: AtomicU64::new(bound.ns),
+            bound_sequence: AtomicU64::new(0),
+            raising: Mutex::new(()),
+            asked: AtomicU64::new(0),
+        }
+    }
+
+    /// Draws `count` stamps and returns the first; `save` makes a bound durable before anything above the old one is drawn.
+    fn draw(
+        &self,
+        now_ns: u64,
+        count: u64,
+        mut save: impl FnMut(&[u8]) -> Result<(), EngineError>,
+    ) -> Result<Stamp, EngineError> {
+        let sequence = self.next_sequence.fetch_add(count, Ordering::Relaxed);
+        let mut last = self.last_ns.load(Ordering::Relaxed);
+        loop {
+            let first = now_ns.max(last + 1);
+            let end = first + count;
+            if end > self.bound_ns.load(Ordering::Acquire) || sequence + count > self.bound_sequence.load(Ordering::Acquire) {
+                self.raise(end, sequence + count, &mut save)?;
+            }
+            match self.last_ns.compare_exchange_weak(last, end - 1, Ordering::Relaxed, Ordering::Relaxed) {
+                Ok(_) => return Ok(Stamp { ns: first, origin: self.origin, sequence }),
+                Err(now) => last = now,
+            }
+        }
+    }
+
+    fn raise(
+        &self,
+        ns: u64,
+        sequence: u64,
+        save: &mut impl FnMut(&[u8]) -> Result<(), EngineError>,
+    ) -> Result<(), EngineError> {
+        let _one_at_a_time = self.raising.lock();
+        let old = Bound {
+            ns: self.bound_ns.load(Ordering::Acquire),
+            sequence: self.bound_sequence.load(Ordering::Acquire),
+        };
+        if ns <= old.ns && sequence <= old.sequence {
+            return Ok(());
+        }
+        let bound = Bound {
+            ns: old.ns.max(ns + AHEAD_NS),
+            sequence: old.sequence.max(sequence + AHEAD_SEQUENCES),
+        };
+        save(&bound.to_bytes())?;
+        self.bound_ns.store(bound.ns, Ordering::Release);
+        self.bound_sequence.store(bound.sequence, Ordering::Release);
+        Ok(())
+    }
+
+    /// Whether the shard's count of writes changed since the last call.
+    pub fn was_used_since_last_asked(&self, written: u64) -> bool {
+        self.asked.swap(written, Ordering::Relaxed) != written
+    }
+
+    /// Raises the bounds while there is room left, so that a batch seldom has to; called while the shard is written to.
+    pub fn raise_ahead(&self, now_ns: u64, database: &Database) -> Result<(), EngineError> {
+        let next_sequence = self.next_sequence.load(Ordering::Relaxed);
+        let far = now_ns + AHEAD_NS / 2 > self.bound_ns.load(Ordering::Acquire)
+            || next_sequence + AHEAD_SEQUENCES / 2 > self.bound_sequence.load(Ordering::Acquire);
+        if far {
+            let mut save = |bound: &[u8]| database.put_meta(meta::STAMPS, bound, Tier::Disk);
+            self.raise(now_ns + AHEAD_NS / 2, next_sequence + AHEAD_SEQUENCES / 2, &mut save)?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "a test may panic")]
+    use super::*;
+    use proptest::prelude::*;
+
+    #[derive(Clone, Debug)]
+    enum Step {
+        Draw { now_ns: u64, count: u64 },
+        /// The process dies; what was saved stays.
+        Crash,
+        /// The bound cannot be saved.
+        DrawFails { now_ns: u64 },
+    }
+
+    fn steps() -> impl Strategy<Value = Vec<Step>> {
+        let now = prop_oneof![0..10u64, 0..20_000_000_000u64];
+        let step = prop_oneof![
+            4 => (now.clone(), prop_oneof![1..5u64, 1..3_000_000u64]).prop_map(|(now_ns, count)| Step::Draw { now_ns, count }),
+            1 => Just(Step::Crash),
+            1 => now.prop_map(|now_ns| Step::DrawFails { now_ns }),
+        ];
+        prop::collection::vec(step, 1..60)
+    }
+
+    proptest! {
+        #[test]
+        fn no_stamp_is_used_twice_and_time_never_goes_back(steps in steps()) {
+            let mut saved = Vec::new();
+            let mut stamps = Stamps::above(StoreId(7), Bound::default());
+            let (mut largest_ns, mut next_sequence) = (0, 0);
+            for step in steps {
+                match step {
+                    Step::Draw { now_ns, count } => {
+                        let first = stamps.draw(now_ns, count, |bound| { saved = bound.to_vec(); Ok(()) }).unwrap();
+                        prop_assert!(first.ns > largest_ns && first.ns >= now_ns);
+                        prop_assert!(first.sequence >= next_sequence);
+                        largest_ns = first.ns + count - 1;
+                        next_sequence = first.sequence + count;
+                        let bound = Bound::from_bytes(&saved).unwrap();
+                        prop_assert!(bound.ns > largest_ns && bound.sequence >= next_sequence);
+                    }
+                    Step::Crash => {
+                        let bound = Bound::from_bytes(&saved).unwrap_or_default();
+                        stamps = Stamps::above(StoreId(7), bound);
+                    }
+                    Step::DrawFails { now_ns } => {
+                        let drawn = stamps.draw(now_ns, 1, |_| Err(EngineError::Stalled));
+                        if let Ok(first) = drawn {
+                            largest_ns = first.ns;
+                            next_sequence = first.sequence + 1;
+                        }
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,509 @@
+//! Sessions against real shards: a model, order, crashes, concurrency, limits.
+
+#![expect(clippy::unwrap_used, reason = "tests may panic")]
+
+use super::map::Entry;
+use super::session::{LateAnswers, Session};
+use crate::config::{Config, Fsync, MemoryConfig};
+use crate::{Store, StoreHandle};
+use bytes::Bytes;
+use proptest::prelude::*;
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+use std::sync::Arc;
+use std::task::{Poll, Waker};
+use std::time::{Duration, Instant};
+use vasto_proto::batch::{Answers, FLAG_LARGE_PERMIT, OperationHead, Outcome, write_operation};
+use vasto_proto::command::Reply;
+use vasto_proto::command::table::{Command, StoreCommand, find};
+use vasto_proto::id::{Epoch, KeyspaceId, ShardId, ShardKey};
+use vasto_proto::net::LARGE_VALUE_BYTES;
+use vasto_proto::topology::KeyspaceRecord;
+
+const SHARD: ShardKey = ShardKey { keyspace: KeyspaceId(0), shard: ShardId(0) };
+
+/// A store with one shard.
+fn open(data: &Path, change: impl FnOnce(&mut Config)) -> StoreHandle {
+    let mut config = Config { data: data.to_owned(), lane_threads: 3, ..Config::default() };
+    change(&mut config);
+    let store = Store::open(config).unwrap();
+    let handle = store.handle();
+    handle.put_record(KeyspaceRecord::new(KeyspaceId(0), "0", &[handle.id()]).unwrap()).unwrap();
+    handle
+}
+
+/// So little memory that most reads of what was written out must go to the disk.
+fn starved(config: &mut Config) {
+    config.memory = MemoryConfig { row_cache_bytes: 4096 * 600, block_cache_bytes: 1 << 10, write_buffer_bytes: 64 << 20 };
+}
+
+struct Client {
+    session: Session,
+    late: LateAnswers,
+    next_id: u32,
+    batch: Vec<u8>,
+    sent: Vec<u32>,
+}
+
+impl Client {
+    fn new(handle: &StoreHandle) -> Self {
+        let (session, late) = handle.open_session();
+        Self { session, late, next_id: 0, batch: Vec::new(), sent: Vec::new() }
+    }
+
+    fn add(&mut self, connection: u32, words: &[&[u8]]) {
+        self.add_with(connection, words, FLAG_LARGE_PERMIT, Epoch(1));
+    }
+
+    fn add_with(&mut self, connection: u32, words: &[&[u8]], flags: u32, epoch: Epoch) {
+        let Some(Command::Store(command)) = find(words[0]) else { panic!("{words:?} is no command of the store") };
+        self.next_id += 1;
+        let head =
+            OperationHead { id: self.next_id, connection, target: SHARD, epoch, command: command.code(), flags };
+        write_operation(&mut self.batch, &head, words[1..].iter().copied());
+        self.sent.push(self.next_id);
+    }
+
+    /// Sends what was added; returns the answers in order of their operations, and how many of them were late.
+    fn send(&mut self) -> (Vec<(Outcome, String)>, usize) {
+        let mut answers = Vec::new();
+        self.session.execute(Bytes::from(std::mem::take(&mut self.batch)), &mut answers);
+        let mut by_id = HashMap::new();
+        let mut collect = |answers: &[u8]| {
+            for answer in Answers::new(answers) {
+                let answer = answer.unwrap();
+                let body = match answer.outcome {
+                    Outcome::Reply => show(answer.body),
+                    _ => String::from_utf8_lossy(answer.body).into_owned(),
+                };
+                assert!(by_id.insert(answer.id, (answer.outcome, body)).is_none(), "{} is answered twice", answer.id);
+            }
+            by_id.len()
+        };
+        let at_once = collect(&answers);
+        let mut count = at_once;
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while count < self.sent.len() {
+            assert!(Instant::now() < deadline, "answers are missing");
+            match self.late.poll_next(&mut std::task::Context::from_waker(Waker::noop())) {
+                Poll::Ready(answers) => count = collect(&answers.unwrap()),
+                Poll::Pending => std::thread::yield_now(),
+            }
+        }
+        let answers = self.sent.drain(..).map(|id| by_id.remove(&id).unwrap()).collect();
+        (answers, count - at_once)
+    }
+
+    fn call(&mut self, words: &[&[u8]]) -> String {
+        self.add(1, words);
+        let (answers, _) = self.send();
+        assert_eq!(answers[0].0, Outcome::Reply, "{}", answers[0].1);
+        answers[0].1.clone()
+    }
+}
+
+fn show(mut body: &[u8]) -> String {
+    fn one(body: &mut &[u8]) -> String {
+        match Reply::take(body).unwrap() {
+            Reply::Ok => "OK".into(),
+            Reply::Integer(value) => value.to_string(),
+            Reply::Null => "null".into(),
+            Reply::Bulk(text) => String::from_utf8_lossy(text).into_owned(),
+            Reply::Error(text) => format!("-{}", String::from_utf8_lossy(text)),
+            Reply::Array(count) => (0..count).map(|_| one(body)).collect::<Vec<_>>().join(","),
+            other => format!("{other:?}"),
+        }
+    }
+    let shown = one(&mut body);
+    assert!(body.is_empty(), "a reply has a tail");
+    shown
+}
+
+/// What a client may do to a few keys.
+#[derive(Clone, Debug)]
+enum Step {
+    Batch(Vec<(u8, u8, u16)>),
+    /// Writes everything to files, so that reads must go to the disk.
+    WriteOut,
+    Reopen,
+    Crash,
+}
+
+const KEYS: u8 = 12;
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let operation = (0..14u8, 0..KEYS, any::<u16>());
+    let step = prop_oneof![
+        12 => prop::collection::vec(operation, 1..24).prop_map(Step::Batch),
+        2 => Just(Step::WriteOut),
+        1 => Just(Step::Reopen),
+        1 => Just(Step::Crash),
+    ];
+    prop::collection::vec(step, 1..20)
+}
+
+/// Applies one command to the model and returns the reply it must have.
+fn apply(model: &mut BTreeMap<String, String>, words: &[String]) -> String {
+    let key = words.get(1).cloned().unwrap_or_default();
+    let exists = model.contains_key(&key);
+    match words[0].as_str() {
+        "set" => {
+            model.insert(key, words[2].clone());
+            "OK".into()
+        }
+        "get" => model.get(&key).cloned().unwrap_or("null".into()),
+        "del" => words[1..].iter().filter(|key| model.remove(*key).is_some()).count().to_string(),
+        "exists" => words[1..].iter().filter(|key| model.contains_key(*key)).count().to_string(),
+        "setnx" => {
+            model.entry(key).or_insert(words[2].clone());
+            u8::from(!exists).to_string()
+        }
+        "append" => {
+            let value = model.entry(key).or_default();
+            value.push_str(&words[2]);
+            value.len().to_string()
+        }
+        "incr" => match model.get(&key).map_or(Ok(0), |value| value.parse::<i64>()) {
+            Ok(value) => {
+                model.insert(key, (value + 1).to_string());
+                (value + 1).to_string()
+            }
+            Err(_) => "-ERR value is not an integer or out of range".into(),
+        },
+        "mget" => {
+            let values: Vec<_> =
+                words[1..].iter().map(|key| model.get(key).cloned().unwrap_or("null".into())).collect();
+            values.join(",")
+        }
+        "mset" => {
+            for pair in words[1..].chunks(2) {
+                model.insert(pair[0].clone(), pair[1].clone());
+            }
+            "OK".into()
+        }
+        "pexpireat" => {
+            model.remove(&key);
+            u8::from(exists).to_string()
+        }
+        "setex" => "-ERR invalid expire time in 'setex' command".into(),
+        "dbsize" => model.len().to_string(),
+        "flushdb" => {
+            model.clear();
+            "OK".into()
+        }
+        other => panic!("{other} is not in the model"),
+    }
+}
+
+fn words(operation: u8, key: u8, number: u16) -> Vec<String> {
+    let name = |key: u8| format!("key{}", key % KEYS);
+    let other = name(key.wrapping_add(number as u8));
+    // Some values are larger than the row cache takes, some than a block.
+    let value = if number.is_multiple_of(7) { "v".repeat(usize::from(number) % 9000) } else { number.to_string() };
+    let key = name(key);
+    let text = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect();
+    match operation {
+        0 | 1 => text(&["set", &key, &value]),
+        2 | 3 => text(&["get", &key]),
+        4 => text(&["del", &key, &other]),
+        5 => text(&["exists", &key, &other, &key]),
+        6 => text(&["setnx", &key, &value]),
+        7 => text(&["append", &key, &value]),
+        8 => text(&["incr", &key]),
+        9 => text(&["mget", &key, &other]),
+        10 => text(&["mset", &key, &value, &other, "m"]),
+        11 => text(&["pexpireat", &key, "1000"]),
+        12 => text(&["setex", &key, "0", &value]),
+        _ if number.is_multiple_of(5) => text(&["flushdb"]),
+        _ => text(&["dbsize"]),
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(60))]
+    #[test]
+    fn a_connection_sees_what_a_map_would_show(steps in steps(), is_starved in any::<bool>(), fsync in any::<bool>()) {
+        let folder = tempfile::tempdir().unwrap();
+        let change = |config: &mut Config| {
+            if is_starved {
+                starved(config);
+            }
+            config.fsync = if fsync { Fsync::Always } else { Fsync::EverySecond };
+        };
+        let mut data = folder.path().join("0");
+        let mut handle = open(&data, change);
+        let mut client = Client::new(&handle);
+        let mut model = BTreeMap::new();
+        for (number, step) in steps.into_iter().enumerate() {
+            match step {
+                Step::Batch(operations) => {
+                    let mut expected = Vec::new();
+                    for (operation, key, number) in operations {
+                        let words = words(operation, key, number);
+                        expected.push((Outcome::Reply, apply(&mut model, &words)));
+                        client.add(1, &words.iter().map(String::as_bytes).collect::<Vec<_>>());
+                    }
+                    let (answers, _) = client.send();
+                    prop_assert_eq!(answers, expected);
+                }
+                Step::WriteOut => handle.compact(),
+                Step::Reopen => {
+                    drop(client);
+                    handle.close();
+                    drop(handle);
+                    handle = open(&data, change);
+                    client = Client::new(&handle);
+                }
+                Step::Crash => {
+                    // What the files hold while the store runs is what a killed process leaves.
+                    let copy = folder.path().join((number + 1).to_string());
+                    copy_folder(&data, &copy);
+                    drop(client);
+                    handle.close();
+                    drop(handle);
+                    data = copy;
+                    handle = open(&data, change);
+                    client = Client::new(&handle);
+                }
+            }
+        }
+    }
+}
+
+fn copy_folder(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        if entry.file_type().unwrap().is_dir() {
+            copy_folder(&entry.path(), &to.join(entry.file_name()));
+        } else if entry.file_name() != "LOCK" {
+            std::fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
+        }
+    }
+}
+
+fn shard(handle: &StoreHandle) -> Arc<super::Shard> {
+    match handle.core().shards.current().entry(SHARD) {
+        Some(Entry::Serving(shard)) => Arc::clone(shard),
+        _ => panic!("the shard is not served"),
+    }
+}
+
+#[test]
+fn stamps_go_on_above_those_of_a_killed_process() {
+    let folder = tempfile::tempdir().unwrap();
+    let (first, second) = (folder.path().join("1"), folder.path().join("2"));
+    let handle = open(&first, |_| {});
+    let far_future = super::executor::now_ns() + 3_600_000_000_000;
+    let draw = |handle: &StoreHandle, now_ns| {
+        let shard = shard(handle);
+        super::stamps::StampBlock::default()
+            .next(&shard.stamps, now_ns, 5, &shard.database, crate::engine::Tier::Disk)
+            .unwrap()
+    };
+    let before = draw(&handle, far_future);
+    copy_folder(&first, &second);
+    let handle = open(&second, |_| {});
+    let after = draw(&handle, 0);
+    assert!(after.ns > before.ns + 4, "the clock went back by an hour");
+    assert!(after.sequence > before.sequence + 4);
+}
+
+#[test]
+fn a_connection_keeps_its_order_when_one_of_its_reads_must_go_to_the_disk() {
+    let folder = tempfile::tempdir().unwrap();
+    let handle = open(folder.path(), starved);
+    let mut client = Client::new(&handle);
+    let key = |number: u32| format!("cold{number}");
+    for number in 0..500 {
+        client.add(1, &[b"set", key(number).as_bytes(), b"old"]);
+    }
+    client.send();
+    handle.compact();
+    client.call(&[b"set", b"hot", b"1"]);
+    let mut late_answers = 0;
+    for round in 0..40u32 {
+        let cold = key(round * 7);
+        let cold = cold.as_bytes();
+        client.add(1, &[b"get", cold]);
+        client.add(1, &[b"set", b"x", round.to_string().as_bytes()]);
+        client.add(1, &[b"set", cold, b"new"]);
+        client.add(1, &[b"get", cold]);
+        client.add(1, &[b"append", cold, b"er"]);
+        client.add(2, &[b"get", b"hot"]);
+        client.add(1, &[b"dbsize"]);
+        client.add(1, &[b"get", b"x"]);
+        client.add(1, &[b"del", cold]);
+        let (answers, late) = client.send();
+        let answers: Vec<&str> = answers.iter().map(|(_, text)| text.as_str()).collect();
+        let (size, x) = ((502 - round).to_string(), round.to_string());
+        assert_eq!(answers, ["old", "OK", "OK", "new", "5", "1", &size, &x, "1"]);
+        late_answers += late;
+    }
+    assert!(late_answers >= 40, "only {late_answers} answers were late: nothing went to the disk");
+}
+
+#[test]
+fn counters_of_many_sessions_are_exact() {
+    let folder = tempfile::tempdir().unwrap();
+    let handle = open(folder.path(), starved);
+    const THREADS: u64 = 4;
+    const BATCHES: u64 = 300;
+    std::thread::scope(|scope| {
+        for thread in 0..THREADS {
+            let handle = handle.clone();
+            scope.spawn(move || {
+                let mut client = Client::new(&handle);
+                for batch in 0..BATCHES {
+                    for number in 0..10u64 {
+                        let key = format!("counter{}", (number + batch) % 5);
+                        client.add(number as u32, &[b"incr", key.as_bytes()]);
+                        client.add(number as u32, &[b"set", format!("{thread}-{batch}").as_bytes(), b"filler"]);
+                    }
+                    client.send();
+                    if batch % 100 == 50 && thread == 0 {
+                        handle.compact();
+                    }
+                }
+            });
+        }
+    });
+    let mut client = Client::new(&handle);
+    let values = client.call(&[b"mget", b"counter0", b"counter1", b"counter2", b"counter3", b"counter4"]);
+    let expected = (THREADS * BATCHES * 2).to_string();
+    assert_eq!(values, [expected.as_str(); 5].join(","));
+}
+
+#[test]
+fn a_flush_and_increments_never_mix() {
+    let folder = tempfile::tempdir().unwrap();
+    let handle = open(folder.path(), |_| {});
+    // An increment that read before a flush and wrote after it would go on counting from the old value.
+    std::thread::scope(|scope| {
+        let flusher = handle.clone();
+        scope.spawn(move || {
+            let mut client = Client::new(&flusher);
+            for _ in 0..200 {
+                assert_eq!(client.call(&[b"flushdb"]), "OK");
+                let seen: u64 = client.call(&[b"incrby", b"k", b"0"]).parse().unwrap();
+                assert!(seen < 5_000);
+            }
+        });
+        let mut client = Client::new(&handle);
+        let mut before = 0u64;
+        for _ in 0..3000 {
+            let value: u64 = client.call(&[b"incr", b"k"]).parse().unwrap();
+            assert!(value == before + 1 || value == 1, "{before} then {value}");
+            before = value;
+        }
+    });
+}
+
+#[test]
+fn what_may_not_run_is_refused_with_its_reason() {
+    let folder = tempfile::tempdir().unwrap();
+    let handle = open(folder.path(), |_| {});
+    let mut client = Client::new(&handle);
+    let large = vec![b'x'; LARGE_VALUE_BYTES + 1];
+    client.add_with(1, &[b"set", b"k", &large], 0, Epoch(1));
+    client.add_with(1, &[b"get", b"k"], 0, Epoch(2));
+    let (answers, _) = client.send();
+    assert_eq!(answers[0], (Outcome::NeedsLargePermit, String::new()));
+    assert_eq!(answers[1], (Outcome::WrongEpoch, "shard 0/0 is at epoch 1, not 2".into()));
+    client.add_with(1, &[b"set", b"k", &large], FLAG_LARGE_PERMIT, Epoch(1));
+    client.add_with(1, &[b"get", b"k"], 0, Epoch(1));
+    client.add_with(1, &[b"strlen", b"k"], FLAG_LARGE_PERMIT, Epoch(1));
+    let (answers, late) = client.send();
+    assert_eq!(answers[0].1, "OK");
+    assert_eq!(answers[1], (Outcome::NeedsLargePermit, String::new()));
+    assert_eq!(answers[2].1, large.len().to_string());
+    assert_eq!(late, 3);
+    handle.close();
+    client.add(1, &[b"get", b"k"]);
+    let (answers, _) = client.send();
+    assert_eq!(answers[0].0, Outcome::NotServing);
+}
+
+#[test]
+fn compaction_takes_the_space_of_dead_rows_back() {
+    let folder = tempfile::tempdir().unwrap();
+    let handle = open(folder.path(), |config| config.gc_grace = Duration::ZERO);
+    let mut client = Client::new(&handle);
+    let value: Vec<u8> = std::iter::repeat_with(|| fastrand::u8(..)).take(1000).collect();
+    for number in 0..300u32 {
+        let key = number.to_string();
+        match number % 3 {
+            0 => client.add(1, &[b"set", key.as_bytes(), &value, b"px", b"1"]),
+            1 => client.add(1, &[b"set", key.as_bytes(), &value]),
+            _ => client.add(1, &[b"set", key.as_bytes(), &value, b"ex", b"1000"]),
+        }
+    }
+    client.send();
+    for number in 0..100u32 {
+        client.add(1, &[b"del", (number * 3 + 1).to_string().as_bytes()]);
+    }
+    client.send();
+    std::thread::sleep(Duration::from_millis(5));
+    handle.compact();
+    let shard = shard(&handle);
+    assert_eq!(shard.database.estimate_keys(), 100);
+    assert!(shard.database.disk_bytes() < 150_000, "{}", shard.database.disk_bytes());
+    assert!(shard.database.garbage().dropped_ns() > 0);
+    assert_eq!(client.call(&[b"dbsize"]), "100");
+    client.call(&[b"flushdb"]);
+    handle.compact();
+    assert_eq!(shard.database.estimate_keys(), 0);
+    assert_eq!(client.call(&[b"exists", b"2"]), "0");
+}
+
+#[test]
+fn a_folder_is_used_by_one_process_and_keeps_its_identity() {
+    let folder = tempfile::tempdir().unwrap();
+    let handle = open(folder.path(), |_| {});
+    let again = Store::open(Config { data: folder.path().to_owned(), ..Config::default() });
+    assert!(matches!(again.err(), Some(crate::OpenError::InUse(_))));
+    handle.set_cluster(vasto_proto::id::ClusterId(7)).unwrap();
+    assert!(handle.set_cluster(vasto_proto::id::ClusterId(8)).is_err());
+    let record = KeyspaceRecord { epoch: Epoch(2), ..handle.records()[0].clone() };
+    handle.put_record(record.clone()).unwrap();
+    // An older record changes nothing, another one of the same epoch is refused.
+    handle.put_record(KeyspaceRecord { epoch: Epoch(1), ..record.clone() }).unwrap();
+    assert!(handle.put_record(KeyspaceRecord { name: "other".into(), ..record.clone() }).is_err());
+    let id = handle.id();
+    drop(handle);
+    let store = Store::open(Config { data: folder.path().to_owned(), ..Config::default() }).unwrap();
+    let handle = store.handle();
+    assert_eq!((handle.id(), handle.cluster()), (id, vasto_proto::id::ClusterId(7)));
+    assert_eq!(handle.records(), [record.clone()]);
+    assert_eq!(Client::new(&handle).call(&[b"set", b"k", b"v"]), "OK");
+    drop((store, handle));
+    let file = folder.path().join("records/0");
+    let mut content = std::fs::read(&file).unwrap();
+    content[9] ^= 1;
+    std::fs::write(&file, content).unwrap();
+    let damaged = Store::open(Config { data: folder.path().to_owned(), ..Config::default() });
+    assert!(matches!(damaged.err(), Some(crate::OpenError::Damaged { .. })));
+    std::fs::write(folder.path().join("identity"), "format=2\nstore=1\ncluster=0\n").unwrap();
+    let newer = Store::open(Config { data: folder.path().to_owned(), ..Config::default() });
+    assert!(matches!(newer.err(), Some(crate::OpenError::NewerFormat { found: 2, .. })));
+}
+
+#[test]
+fn unknown_commands_and_malformed_batches_harm_nobody() {
+    let folder = tempfile::tempdir().unwrap();
+    let handle = open(folder.path(), |_| {});
+    let mut client = Client::new(&handle);
+    let head = OperationHead { id: 9, connection: 1, target: SHARD, epoch: Epoch(1), command: 9999, flags: 0 };
+    write_operation(&mut client.batch, &head, [b"k".as_slice()]);
+    client.sent.push(9);
+    let (answers, _) = client.send();
+    assert!(answers[0].1.starts_with("-ERR this store is older"), "{}", answers[0].1);
+    let mut answers = Vec::new();
+    let mut batch = Vec::new();
+    let set = OperationHead { command: StoreCommand::Set.code(), ..head };
+    write_operation(&mut batch, &set, [b"k".as_slice(), b"v"]);
+    batch.push(1);
+    assert!(client.session.try_execute(&Bytes::from(batch), &mut answers).is_err());
+    assert!(answers.is_empty());
+    assert_eq!(client.call(&[b"get", b"k"]), "null");
+}
