@@ -7,7 +7,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::task::Waker;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
-use tokio::sync::watch;
 use vasto_proto::command::table::Command;
 
 use crate::statistics;
@@ -257,7 +256,6 @@ pub struct Clients {
     started: Instant,
     /// 0 = no pause, else milliseconds since `started` when it ends, times two, plus one for [`PauseMode::All`].
     pause: AtomicU64,
-    pause_changes: watch::Sender<()>,
 }
 
 impl Default for Clients {
@@ -274,7 +272,6 @@ impl Clients {
             next_id: AtomicU64::new(1),
             started: Instant::now(),
             pause: AtomicU64::new(0),
-            pause_changes: watch::channel(()).0,
         }
     }
 
@@ -322,12 +319,10 @@ impl Clients {
             mode = mode.max(running.mode);
         }
         self.pause.store((until_ms << 1) | u64::from(mode == PauseMode::All), Ordering::Release);
-        self.pause_changes.send_replace(());
     }
 
     pub fn unpause(&self) {
         self.pause.store(0, Ordering::Release);
-        self.pause_changes.send_replace(());
     }
 
     /// The pause that is on; one atomic read when there is none.
@@ -346,11 +341,6 @@ impl Clients {
         }
         let mode = if packed & 1 == 1 { PauseMode::All } else { PauseMode::Write };
         Some(Pause { until, mode })
-    }
-
-    /// Changes whenever a pause starts, grows or is ended by CLIENT UNPAUSE; its end by time is in [`Pause::until`].
-    pub fn pause_changes(&self) -> watch::Receiver<()> {
-        self.pause_changes.subscribe()
     }
 }
 

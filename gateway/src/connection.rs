@@ -428,7 +428,13 @@ impl Connection {
         } else {
             let protocol = state.session.protocol;
             let command = Command::Gateway(vasto_proto::command::table::GatewayCommand::Ping);
-            let pending = Pending { reply: PendingReply::Ready(reply), protocol, is_muted: false, command, started: self.worker.now() };
+            let pending = Pending {
+                reply: PendingReply::Ready(reply),
+                protocol,
+                is_muted: false,
+                command,
+                started: self.worker.now(),
+            };
             state.ring.push_back(pending);
         }
     }
@@ -473,7 +479,8 @@ impl Connection {
         let index = (request.sequence - state.first_sequence) as usize;
         match &mut state.ring[index].reply {
             PendingReply::Waiting => self.settle(state, index, body, || {
-                let name = vasto_proto::command::table::StoreCommand::from_code(request.command).map_or("", |command| command.spec().name);
+                let name = vasto_proto::command::table::StoreCommand::from_code(request.command)
+                    .map_or("", |command| command.spec().name);
                 let mut words: Vec<&[u8]> = name.split('|').map(str::as_bytes).collect();
                 words.extend(packed_arguments(operation));
                 words
@@ -553,7 +560,7 @@ impl Connection {
             let target = operation.request.target;
             let owner = routing.keyspace(target.keyspace).and_then(|keyspace| keyspace.owner(target.shard));
             match owner {
-                Some((store, epoch)) if !is_late => {
+                Some((store, epoch)) if !is_late && !self.worker.link(store).is_given_up(deadline) => {
                     let mut flags = 0;
                     if !told.contains(&target) {
                         told.push(target);
@@ -649,7 +656,14 @@ impl Connection {
     }
 
     /// Counts a command that is done.
-    pub fn account<'a>(&self, session: &Session, command: Command, started: Instant, packed: &[u8], words: impl FnOnce() -> Vec<&'a [u8]>) {
+    pub fn account<'a>(
+        &self,
+        session: &Session,
+        command: Command,
+        started: Instant,
+        packed: &[u8],
+        words: impl FnOnce() -> Vec<&'a [u8]>,
+    ) {
         let shared = self.shared();
         let duration_us = self.worker.now().saturating_duration_since(started).as_micros() as u64;
         let is_error = packed.first() == Some(&b'-');
@@ -720,7 +734,14 @@ impl Connection {
     }
 
     /// A reply that leaves after a while; later commands wait for it.
-    pub fn owe_later(self: &Rc<Self>, state: &mut State, command: Command, packed: Vec<u8>, is_muted: bool, after: Duration) {
+    pub fn owe_later(
+        self: &Rc<Self>,
+        state: &mut State,
+        command: Command,
+        packed: Vec<u8>,
+        is_muted: bool,
+        after: Duration,
+    ) {
         let (protocol, started) = (state.session.protocol, self.worker.now());
         let sequence = state.next_sequence();
         state.ring.push_back(Pending { reply: PendingReply::Waiting, protocol, is_muted, command, started });
@@ -754,6 +775,8 @@ impl Connection {
             let state = &mut *connection.state.borrow_mut();
             state.is_waiting_for_permit = false;
             state.permit = permit;
+            // The time in the queue for a permit is not the store's.
+            state.refused_since = state.refused_since.map(|_| Instant::now());
             if !state.refused.is_empty() && state.outstanding == 0 {
                 connection.send_refused_again(state);
             }
@@ -825,9 +848,12 @@ impl Connection {
         let client = &state.session.client;
         client.set_query_bytes(state.input.len());
         client.set_output_bytes(state.output.len() - state.output_at);
-        let is_stuck = state.output_blocked.is_some_and(|since| now.duration_since(since) > settings.output_stall_timeout());
-        let is_half_sent = !state.input.is_empty() && state.may_run() && now.duration_since(state.input_changed) > REQUEST_STALL;
-        let is_idle = state.is_quiet() && settings.timeout().is_some_and(|timeout| now.duration_since(state.input_changed) > timeout);
+        let is_stuck =
+            state.output_blocked.is_some_and(|since| now.duration_since(since) > settings.output_stall_timeout());
+        let is_half_sent =
+            !state.input.is_empty() && state.may_run() && now.duration_since(state.input_changed) > REQUEST_STALL;
+        let is_idle = state.is_quiet()
+            && settings.timeout().is_some_and(|timeout| now.duration_since(state.input_changed) > timeout);
         if is_stuck || is_half_sent || is_idle {
             state.closing = Closing::Now;
             self.wake();

@@ -14,7 +14,7 @@ use std::time::Instant;
 use vasto_proto::batch::{Arguments, FLAG_LARGE_PERMIT, write_bytes};
 use vasto_proto::command::table::{self, Command, GatewayCommand, StoreCommand};
 use vasto_proto::command::{Args, CommandSpec, Flags, ReplyWriter, Route};
-use vasto_proto::error::{self, CommandError};
+use vasto_proto::error;
 use vasto_proto::id::ShardKey;
 
 /// Bytes of a command's name and of its arguments that an error text quotes, as in Redis.
@@ -36,12 +36,24 @@ pub fn dispatch(connection: &Rc<Connection>, state: &mut State, line: CommandLin
             state.closing = Closing::Now;
             return Flow::Done;
         }
-        Err(Refusal::Error(text)) => {
+        Err(Refusal::Error { mut text, command }) => {
             if let Some(transaction) = &mut state.session.transaction {
                 transaction.is_broken = true;
             }
+            if let Some(command) = command {
+                connection.shared().statistics.rejected(command);
+                if command == Command::Gateway(GatewayCommand::Exec) {
+                    // As Redis: an EXEC that cannot run ends its transaction.
+                    state.session.transaction = None;
+                    state.session.watched.clear();
+                    state.session.client.set_queued_commands(None);
+                    text =
+                        [b"EXECABORT Transaction discarded because of: ", text.strip_prefix(b"ERR ").unwrap_or(&text)]
+                            .concat();
+                }
+            }
             let is_muted = take_muted(state);
-            connection.shared().statistics.error(b"ERR");
+            connection.shared().statistics.error(&text);
             connection.owe_error(state, &text, is_muted);
             return Flow::Done;
         }
@@ -68,7 +80,8 @@ pub fn dispatch(connection: &Rc<Connection>, state: &mut State, line: CommandLin
 }
 
 enum Refusal {
-    Error(Vec<u8>),
+    /// The text may quote what the client sent; `command` is the row that was found, if any.
+    Error { text: Vec<u8>, command: Option<Command> },
     /// Without a word, as Redis does with what looks like HTTP.
     Close,
 }
@@ -76,7 +89,6 @@ enum Refusal {
 /// Finds the row of a command line and checks its length.
 fn resolve(line: CommandLine<'_>) -> Result<Command, Refusal> {
     let name = line.word(0);
-    let refuse = |error: CommandError| Refusal::Error(error.text().as_bytes().to_vec());
     let found = table::find(name).filter(|command| {
         let spec = command.spec();
         !spec.flags.contains(Flags::INTERNAL) && spec.name_words() == 1
@@ -85,14 +97,19 @@ fn resolve(line: CommandLine<'_>) -> Result<Command, Refusal> {
         if name.eq_ignore_ascii_case(b"post") || name.eq_ignore_ascii_case(b"host:") {
             return Err(Refusal::Close);
         }
-        return Err(Refusal::Error(unknown_command(line)));
+        return Err(Refusal::Error { text: unknown_command(line), command: None });
     };
     let mut spec = command.spec();
     if spec.flags.contains(Flags::CONTAINER) && line.len() > 1 {
-        command = table::find_subcommand(spec, line.word(1)).ok_or_else(|| Refusal::Error(unknown_subcommand(spec, line.word(1))))?;
+        let unknown = || Refusal::Error { text: unknown_subcommand(spec, line.word(1)), command: Some(command) };
+        command = table::find_subcommand(spec, line.word(1)).ok_or_else(unknown)?;
         spec = command.spec();
     }
-    if spec.accepts_count(line.len()) { Ok(command) } else { Err(refuse(error::wrong_arity(spec.name))) }
+    if spec.accepts_count(line.len()) {
+        return Ok(command);
+    }
+    let text = error::wrong_arity(spec.name).text().as_bytes().to_vec();
+    Err(Refusal::Error { text, command: Some(command) })
 }
 
 /// What C's `%.*s` prints: up to the first NUL, at most `limit` bytes.
@@ -165,6 +182,7 @@ fn queue(connection: &Rc<Connection>, state: &mut State, command: Command, line:
     let mut packed = Vec::new();
     if command.spec().flags.contains(Flags::NO_MULTI) {
         transaction.is_broken = true;
+        connection.shared().statistics.rejected(command);
         ReplyWriter::new(&mut packed).error("ERR Command not allowed inside a transaction");
     } else {
         let (packed_arguments, argument_count) = pack_arguments(command.spec(), line);
@@ -194,7 +212,8 @@ fn run_here(connection: &Rc<Connection>, state: &mut State, command: GatewayComm
     let arguments = Arguments::parse(&packed_arguments, count).expect("packed a moment ago");
     let routing = connection.worker().routing();
     let mut packed = Vec::new();
-    let mut context = Context { session: &mut state.session, shared: connection.shared(), routing: &routing, reply: &mut packed };
+    let mut context =
+        Context { session: &mut state.session, shared: connection.shared(), routing: &routing, reply: &mut packed };
     let next = command::handler(command)(&mut context, Args::new(arguments));
     let is_muted = skips || state.session.reply_mode == ReplyMode::Off;
     let protocol = state.session.protocol;
@@ -295,7 +314,11 @@ fn send(connection: &Rc<Connection>, state: &mut State, command: StoreCommand, l
                     }
                     Some(groups) => {
                         let (first, step) = (spec.keys.first as usize, spec.keys.step as usize);
-                        let words = || groups.iter().flat_map(move |group| (0..step).map(move |offset| line.word(first + *group as usize * step + offset)));
+                        let words = || {
+                            groups.iter().flat_map(move |group| {
+                                (0..step).map(move |offset| line.word(first + *group as usize * step + offset))
+                            })
+                        };
                         let bytes = words().map(|word| word.len() + 4).sum();
                         sender.send(connection, state, words(), bytes);
                     }
@@ -324,7 +347,8 @@ impl Sender {
     fn to(connection: &Rc<Connection>, command: StoreCommand, target: ShardKey, bytes: usize) -> Option<Self> {
         let worker = connection.worker();
         let routing = worker.routing();
-        let Some((store, epoch)) = routing.keyspace(target.keyspace).and_then(|keyspace| keyspace.owner(target.shard)) else {
+        let Some((store, epoch)) = routing.keyspace(target.keyspace).and_then(|keyspace| keyspace.owner(target.shard))
+        else {
             connection.worker().check_later(connection);
             return None;
         };
@@ -338,7 +362,13 @@ impl Sender {
         Some(Self { link, request })
     }
 
-    fn send<'a>(mut self, connection: &Rc<Connection>, state: &mut State, words: impl Iterator<Item = &'a [u8]>, bytes: usize) {
+    fn send<'a>(
+        mut self,
+        connection: &Rc<Connection>,
+        state: &mut State,
+        words: impl Iterator<Item = &'a [u8]>,
+        bytes: usize,
+    ) {
         if bytes > ALONE_BYTES {
             // It travels beside the batches: nothing of this connection may overtake it.
             state.is_barred = true;

@@ -171,7 +171,6 @@ fn describe(error: &dyn std::error::Error) -> String {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "tests may")]
 
     use super::*;
     use vasto_proto::id::{Epoch, KeyspaceId, StoreId};

@@ -41,10 +41,15 @@ pub struct Bound {
 
 impl Gateway {
     /// Opens the sockets of `config`; errors name the address.
-    pub async fn bind(config: Config, connector: Arc<dyn Connector>, topology: watch::Receiver<Arc<Snapshot>>) -> io::Result<Bound> {
+    pub async fn bind(
+        config: Config,
+        connector: Arc<dyn Connector>,
+        topology: watch::Receiver<Arc<Snapshot>>,
+    ) -> io::Result<Bound> {
         let mut listeners = Vec::new();
         for address in &config.listen {
-            let listener = bind_tcp(*address).map_err(|error| io::Error::new(error.kind(), format!("cannot listen on {address}: {error}")))?;
+            let listener = bind_tcp(*address)
+                .map_err(|error| io::Error::new(error.kind(), format!("cannot listen on {address}: {error}")))?;
             listeners.push(listener);
         }
         let unix = match &config.unixsocket {
@@ -57,8 +62,9 @@ impl Gateway {
                 if is_socket {
                     std::fs::remove_file(path)?;
                 }
-                let listener = UnixListener::bind(path)
-                    .map_err(|error| io::Error::new(error.kind(), format!("cannot listen on {}: {error}", path.display())))?;
+                let listener = UnixListener::bind(path).map_err(|error| {
+                    io::Error::new(error.kind(), format!("cannot listen on {}: {error}", path.display()))
+                })?;
                 Some((listener, path.clone()))
             }
             None => None,
@@ -98,6 +104,9 @@ impl Bound {
             run_id: format!("{:016x}{:016x}{:08x}", fastrand::u64(..), fastrand::u64(..), fastrand::u32(..)),
             shutdown: shutdown.clone(),
         });
+        if let Some(address) = self.addresses().first() {
+            shared.settings.set_bound_port(address.port());
+        }
         let large_permits = Arc::new(Semaphore::new(LARGE_VALUES_IN_FLIGHT));
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let count = if self.config.workers == 0 { cores } else { self.config.workers };
@@ -114,7 +123,8 @@ impl Bound {
                     large_permits: Arc::clone(&large_permits),
                     shutdown: shutdown.clone(),
                 };
-                let thread = std::thread::Builder::new().name(format!("gateway-{number}")).spawn(move || Worker::run(parts));
+                let thread =
+                    std::thread::Builder::new().name(format!("gateway-{number}")).spawn(move || Worker::run(parts));
                 WorkerHandle { sockets, load, thread: thread.expect("a process may start a thread per core") }
             })
             .collect();
@@ -130,7 +140,8 @@ impl Bound {
             let _ = std::fs::remove_file(path);
         }
         let threads: Vec<JoinHandle<()>> = workers.into_iter().map(|worker| worker.thread).collect();
-        let joined = tokio::task::spawn_blocking(move || threads.into_iter().filter_map(|thread| thread.join().err()).count());
+        let joined =
+            tokio::task::spawn_blocking(move || threads.into_iter().filter_map(|thread| thread.join().err()).count());
         if joined.await.is_ok_and(|panicked| panicked > 0) {
             tracing::error!("a gateway worker panicked");
         }
@@ -210,6 +221,7 @@ impl Acceptor<'_> {
         }
         let least = self.workers.iter().min_by_key(|worker| worker.load.load(Ordering::Relaxed));
         if let Some(worker) = least {
+            worker.load.fetch_add(1, Ordering::Relaxed);
             let _ = worker.sockets.send(socket).await;
         }
     }

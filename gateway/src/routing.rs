@@ -51,7 +51,8 @@ pub struct Routing {
 
 impl Routing {
     pub fn new(snapshot: Arc<Snapshot>) -> Self {
-        let keyspaces = snapshot.keyspaces.iter().map(|record| (record.id, Rc::new(KeyspaceRoutes::new(record)))).collect();
+        let keyspaces =
+            snapshot.keyspaces.iter().map(|record| (record.id, Rc::new(KeyspaceRoutes::new(record)))).collect();
         Self { snapshot, keyspaces }
     }
 

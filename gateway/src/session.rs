@@ -2,8 +2,8 @@
 
 use crate::clients::ClientRecord;
 use std::sync::Arc;
-use vasto_proto::id::{KeyspaceId, ShardKey};
 use vasto_proto::command::table::Command;
+use vasto_proto::id::{KeyspaceId, ShardKey};
 
 /// RESP version of a connection.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

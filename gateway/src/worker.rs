@@ -167,7 +167,6 @@ impl Worker {
     }
 
     /// Runs a task of a connection; it ends with the worker at the latest.
-    #[expect(clippy::disallowed_methods, reason = "the worker's local set owns the task and drops it when the worker ends")]
     pub fn spawn(&self, task: impl Future<Output = ()> + 'static) {
         tokio::task::spawn_local(task);
     }
@@ -207,7 +206,8 @@ impl Worker {
         loop {
             second.tick().await;
             self.read_clock();
-            let connections: Vec<Rc<Connection>> = self.connections.borrow().iter().map(|(_, connection)| Rc::clone(connection)).collect();
+            let connections: Vec<Rc<Connection>> =
+                self.connections.borrow().iter().map(|(_, connection)| Rc::clone(connection)).collect();
             connections.iter().for_each(|connection| connection.tick());
         }
     }
@@ -224,14 +224,13 @@ impl Worker {
         let (socket, client) = match socket {
             NewSocket::Tcp { socket, peer, local } => match TcpStream::from_std(socket) {
                 Ok(socket) => (Socket::Tcp(socket), clients.register(peer, local, false)),
-                Err(_) => return,
+                Err(_) => return forget(load),
             },
             NewSocket::Unix { socket, path } => match UnixStream::from_std(socket) {
                 Ok(socket) => (Socket::Unix(socket), clients.register(format!("{path}:0"), format!("{path}:0"), true)),
-                Err(_) => return,
+                Err(_) => return forget(load),
             },
         };
-        load.fetch_add(1, Ordering::Relaxed);
         let id = client.id;
         let key = {
             let mut connections = self.connections.borrow_mut();
@@ -246,17 +245,23 @@ impl Worker {
             connection.run().await;
             worker.connections.borrow_mut().remove(key);
             worker.shared.clients.remove(id);
-            load.fetch_sub(1, Ordering::Relaxed);
+            forget(&load);
         });
     }
 
     /// Answers what was asked, closes all connections, and gives up after [`DRAIN_TIMEOUT`].
     async fn drain(&self) {
-        let connections: Vec<Rc<Connection>> = self.connections.borrow().iter().map(|(_, connection)| Rc::clone(connection)).collect();
+        let connections: Vec<Rc<Connection>> =
+            self.connections.borrow().iter().map(|(_, connection)| Rc::clone(connection)).collect();
         connections.iter().for_each(|connection| connection.drain());
         let until = tokio::time::Instant::now() + DRAIN_TIMEOUT;
         while !self.connections.borrow().is_empty() && tokio::time::Instant::now() < until {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     }
+}
+
+/// One connection less; the acceptor counted it when it chose the worker, so that a burst of connections is spread.
+fn forget(load: &AtomicUsize) {
+    load.fetch_sub(1, Ordering::Relaxed);
 }

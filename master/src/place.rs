@@ -19,7 +19,6 @@ pub fn spread(shard_count: u16, candidates: &[Candidate]) -> Vec<StoreId> {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "tests may")]
 
     use super::*;
     use proptest::prelude::*;

@@ -1,5 +1,6 @@
 //! The master over gRPC on loopback, with stores and gateways that are a few lines of test.
-#![expect(clippy::unwrap_used, reason = "tests may")]
+
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::net::SocketAddr;
 use std::time::Duration;

@@ -68,9 +68,8 @@ pub const UNKNOWN_OUTCOME: CommandError = CommandError::fixed(
     "UNKNOWN the connection to the store was lost after the command was sent: it may or may not have been executed",
 );
 /// Nothing was executed: the store of a shard could not be reached within the deadline.
-pub const STORE_UNREACHABLE: CommandError = CommandError::fixed(
-    "CLUSTERDOWN the store of this key cannot be reached; nothing was executed",
-);
+pub const STORE_UNREACHABLE: CommandError =
+    CommandError::fixed("CLUSTERDOWN the store of this key cannot be reached; nothing was executed");
 /// Nothing was executed: the gateway has no topology, or none with this keyspace.
 pub const NO_KEYSPACE: CommandError =
     CommandError::fixed("CLUSTERDOWN this keyspace is not served yet; nothing was executed");

@@ -32,9 +32,7 @@ const fn crc16_table() -> [u16; 256] {
 
 /// CRC16/XMODEM: polynomial 0x1021, initial value 0, no reflection.
 pub fn crc16_xmodem(bytes: &[u8]) -> u16 {
-    bytes.iter().fold(0u16, |crc, byte| {
-        (crc << 8) ^ CRC16_TABLE[usize::from((crc >> 8) as u8 ^ byte)]
-    })
+    bytes.iter().fold(0u16, |crc, byte| (crc << 8) ^ CRC16_TABLE[usize::from((crc >> 8) as u8 ^ byte)])
 }
 
 /// The part of the key that is hashed: what stands between the first `{` and the next `}` if that is not empty, else the key.
@@ -170,9 +168,8 @@ mod tests {
     fn the_slot_table_never_changes() {
         let table = SlotTable::new(3);
         let first: Vec<u16> = (0..16).map(|slot| table.shard(slot).0).collect();
-        let digest = (0..SLOT_COUNT).fold(0u64, |digest, slot| {
-            splitmix64(digest ^ u64::from(table.shard(slot).0) ^ (u64::from(slot) << 16))
-        });
+        let digest = (0..SLOT_COUNT)
+            .fold(0u64, |digest, slot| splitmix64(digest ^ u64::from(table.shard(slot).0) ^ (u64::from(slot) << 16)));
         assert_eq!((first.as_slice(), digest), (GOLDEN_FIRST.as_slice(), GOLDEN_DIGEST));
     }
     const GOLDEN_FIRST: [u16; 16] = [2, 0, 0, 1, 2, 2, 0, 1, 0, 2, 2, 0, 1, 2, 1, 1];

@@ -352,9 +352,10 @@ impl Node {
             shards.set(key, Some(Entry::Opening));
             let path = self.config.data.join("shards").join(format!("{}-{}", key.keyspace, key.shard));
             let rules = Rules { grace: self.config.gc_grace, is_only_copy };
-            let opened = self.core.engine.open(&path, rules).and_then(|database| {
-                Shard::new(key, described.epoch, self.id, &table, database, self.config.fsync)
-            });
+            let opened =
+                self.core.engine.open(&path, rules).and_then(|database| {
+                    Shard::new(key, described.epoch, self.id, &table, database, self.config.fsync)
+                });
             match opened {
                 Ok(shard) => shards.set(key, Some(Entry::Serving(Arc::new(shard)))),
                 Err(source) => {

@@ -130,7 +130,7 @@ pub struct GatewayOptions {
 #[derive(Clone, Debug, Args)]
 pub struct MasterAddress {
     /// Address of the master; repeat it, or separate by commas, for several to be tried in turn.
-    #[arg(long = "master", value_name = "HOST:PORT", default_value = "127.0.0.1:7100", value_parser = remote_address, value_delimiter = ',')]
+    #[arg(long = "master", visible_alias = "masters", value_name = "HOST:PORT", default_value = "127.0.0.1:7100", value_parser = remote_address, value_delimiter = ',')]
     pub masters: Vec<String>,
 }
 
@@ -138,7 +138,8 @@ pub struct MasterAddress {
 #[derive(Clone, Debug, Args)]
 pub struct ProcessOptions {
     /// TOML file with options: keys are the names below without the dashes. Keys at its top are for every role that has
-    /// such an option, keys in a section such as [store] for that role alone. The command line wins over the file.
+    /// such an option, keys in a section such as [store] for that role alone (beside a section [master], the option
+    /// --master is spelled masters). The command line wins over the file.
     #[arg(long, value_name = "FILE", help_heading = "Process")]
     pub config: Option<PathBuf>,
 
@@ -294,7 +295,6 @@ fn remote_address(text: &str) -> Result<String, String> {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "tests may")]
 
     use super::*;
     use clap::CommandFactory;

@@ -8,7 +8,7 @@ use std::path::Path;
 
 use anyhow::{Context, bail};
 use clap::parser::ValueSource;
-use clap::{ArgAction, ArgMatches, Command, CommandFactory, FromArgMatches};
+use clap::{Arg, ArgAction, ArgMatches, Command, CommandFactory, FromArgMatches};
 use toml::{Table, Value};
 
 use crate::cli::{Cli, Role};
@@ -64,8 +64,7 @@ fn role_from_file(arguments: &[OsString], matches: &ArgMatches, text: &str) -> a
 
 /// The options of one role in the file, without those that the command line gives.
 fn options_of_file(role: &str, given: &ArgMatches, text: &str) -> anyhow::Result<Vec<OsString>> {
-    let table: Table =
-        text.parse().map_err(|error: toml::de::Error| anyhow::anyhow!("{}", error.to_string().trim_end()))?;
+    let table: Table = text.parse().map_err(|error| syntax_error(text, &error))?;
     let mut command = Cli::command();
     command.build();
     let roles: Vec<&Command> = command.get_subcommands().filter(|role| has_option(role, "config")).collect();
@@ -94,7 +93,7 @@ fn options_of_file(role: &str, given: &ArgMatches, text: &str) -> anyhow::Result
 
     let mut options = Vec::new();
     for (key, value) in &chosen {
-        let argument = own.get_arguments().find(|argument| argument.get_long() == Some(key));
+        let argument = own.get_arguments().find(|argument| is_called(argument, key));
         let argument = argument.context("only known options were chosen")?;
         if given.value_source(argument.get_id().as_str()) == Some(ValueSource::CommandLine) {
             continue;
@@ -127,12 +126,22 @@ fn option(key: &str, value: &Value) -> anyhow::Result<OsString> {
 
 fn has_option(role: &Command, name: &str) -> bool {
     // Every command has a --help, which is no option of the role.
-    name != "help" && role.get_arguments().any(|argument| argument.get_long() == Some(name))
+    name != "help" && role.get_arguments().any(|argument| is_called(argument, name))
+}
+
+fn is_called(argument: &Arg, name: &str) -> bool {
+    argument.get_long_and_visible_aliases().is_some_and(|names| names.contains(&name))
+}
+
+/// One line, with the number of the line in the file.
+fn syntax_error(text: &str, error: &toml::de::Error) -> anyhow::Error {
+    let before = error.span().and_then(|span| text.get(..span.start)).unwrap_or_default();
+    let line = before.matches('\n').count() + 1;
+    anyhow::anyhow!("line {line}: {}", error.message().replace('\n', ", "))
 }
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "tests may")]
 
     use super::*;
     use crate::cli::{Bytes, GatewayOptions, ServerOptions, StoreOptions};
@@ -199,6 +208,15 @@ mod tests {
     }
 
     #[test]
+    fn a_section_of_the_master_does_not_hide_its_address() {
+        let file = "masters = [\"a:1\", \"b:2\"]\n[master]\nlisten = \"127.0.0.1:5\"";
+        assert_eq!(gateway("vasto gateway", file).master.masters, ["a:1", "b:2"]);
+        assert_eq!(gateway("vasto gateway --master c:3", file).master.masters, ["c:3"]);
+        let Role::Master(master) = read("vasto master", file).unwrap() else { panic!("master was asked for") };
+        assert_eq!(master.listen.port(), 5);
+    }
+
+    #[test]
     fn mistakes_in_the_file_are_named() {
         for (file, text) in [
             ("port = 1\n[store]\nmaxclients = 2", "unknown options: port, maxclients in [store]"),
@@ -210,6 +228,6 @@ mod tests {
         ] {
             assert_eq!(read("vasto", file).unwrap_err(), text, "{file}");
         }
-        assert!(read("vasto", "stores = ").unwrap_err().contains("line 1"));
+        assert!(read("vasto", "shards = 1\nstores = ").unwrap_err().starts_with("line 2: "));
     }
 }

@@ -19,6 +19,7 @@ use cli::Role;
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
+    abort_on_panic();
     match run() {
         Ok(code) => code,
         Err(error) => {
@@ -26,6 +27,16 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// A thread that panicked would leave a process that answers some of its clients and not the others. Ending it is safer: what was
+/// acknowledged is in the log, and whoever watches the process starts it again.
+fn abort_on_panic() {
+    let report = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        report(panic);
+        std::process::abort();
+    }));
 }
 
 fn run() -> anyhow::Result<ExitCode> {

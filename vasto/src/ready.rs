@@ -82,7 +82,6 @@ fn lacking(snapshot: &Snapshot) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "tests may")]
 
     use super::*;
     use vasto_proto::id::StoreId;

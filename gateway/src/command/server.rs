@@ -9,6 +9,8 @@ use vasto_proto::REDIS_VERSION;
 use vasto_proto::command::Args;
 use vasto_proto::error::{self, CommandError};
 
+/// Bytes of what a client sent that an error text quotes, as in Redis.
+const QUOTED_BYTES_MAX: usize = 128;
 /// Longest sleep that DEBUG SLEEP takes: longer ones are a mistake, and a year is long enough for a test.
 const SLEEP_SECONDS_MAX: f64 = 365.0 * 24.0 * 3600.0;
 
@@ -51,7 +53,14 @@ pub fn lolwut(context: &mut Context<'_>, mut args: Args<'_>) -> Result<Next, Com
     Ok(Next::Replied)
 }
 
-pub fn debug_sleep(context: &mut Context<'_>, mut args: Args<'_>) -> Result<Next, CommandError> {
+/// DEBUG SLEEP seconds; Redis has no rows for DEBUG's subcommands either.
+pub fn debug(context: &mut Context<'_>, mut args: Args<'_>) -> Result<Next, CommandError> {
+    let subcommand = args.bytes()?;
+    if !subcommand.eq_ignore_ascii_case(b"sleep") || args.len() != 1 {
+        let subcommand = String::from_utf8_lossy(&subcommand[..subcommand.len().min(QUOTED_BYTES_MAX)]);
+        let text = format!("ERR unknown subcommand or wrong number of arguments for '{subcommand}'. Try DEBUG HELP.");
+        return Err(text.into());
+    }
     // What is no number is 0, as strtod reads it.
     let seconds: f64 = std::str::from_utf8(args.bytes()?).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0.0);
     let seconds = if seconds.is_nan() { 0.0 } else { seconds.clamp(0.0, SLEEP_SECONDS_MAX) };

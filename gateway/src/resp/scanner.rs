@@ -11,11 +11,14 @@ const WORDS_MAX: i64 = i32::MAX as i64;
 /// Ranges kept allocated between commands; a longer command's are given back.
 const RANGES_KEPT: usize = 1024;
 
+/// Start and end of a word in its buffer.
+type Range = (u32, u32);
+
 /// The words of one command, slices of the input.
 #[derive(Clone, Copy, Debug)]
 pub struct CommandLine<'a> {
     bytes: &'a [u8],
-    ranges: &'a [(u32, u32)],
+    ranges: &'a [Range],
 }
 
 impl<'a> CommandLine<'a> {
@@ -32,7 +35,9 @@ impl<'a> CommandLine<'a> {
     /// The words from `first` on.
     pub fn words_from(&self, first: usize) -> impl Iterator<Item = &'a [u8]> + use<'a> {
         let bytes = self.bytes;
-        self.ranges[first.min(self.ranges.len())..].iter().map(move |(start, end)| &bytes[*start as usize..*end as usize])
+        self.ranges[first.min(self.ranges.len())..]
+            .iter()
+            .map(move |(start, end)| &bytes[*start as usize..*end as usize])
     }
 }
 
@@ -58,7 +63,7 @@ pub struct Scanner {
     bulks_left: Option<u32>,
     /// Length of the bulk string whose header is read.
     bulk_bytes: Option<usize>,
-    ranges: Vec<(u32, u32)>,
+    ranges: Vec<Range>,
     /// Words of an inline command, unquoted.
     inline: Option<Vec<u8>>,
 }
@@ -139,7 +144,8 @@ impl Scanner {
                     if input[self.position] != b'$' {
                         return Err(format!("expected '$', got '{}'", char::from(input[self.position])));
                     }
-                    let bytes = parse_integer(&input[self.position + 1..end]).and_then(|bytes| usize::try_from(bytes).ok());
+                    let bytes =
+                        parse_integer(&input[self.position + 1..end]).and_then(|bytes| usize::try_from(bytes).ok());
                     let bytes = bytes.filter(|bytes| *bytes <= bulk_bytes_max).ok_or("invalid bulk length")?;
                     self.position = end + 2;
                     bytes
@@ -188,7 +194,7 @@ fn is_space(byte: u8) -> bool {
 
 /// Splits an inline command into words as Redis does (`sdssplitargs`): double quotes with escapes, single quotes with `\'`.
 /// A closing quote must be followed by a blank or the end. `None`: quotes are unbalanced.
-fn split_words(line: &[u8]) -> Option<(Vec<u8>, Vec<(u32, u32)>)> {
+fn split_words(line: &[u8]) -> Option<(Vec<u8>, Vec<Range>)> {
     // A NUL ends the line, since Redis reads it as a C string.
     let line = &line[..memchr::memchr(0, line).unwrap_or(line.len())];
     let (mut words, mut ranges) = (Vec::with_capacity(line.len()), Vec::new());

@@ -46,7 +46,8 @@ impl Gather {
             }
             Merge::Concat => concat(&answers, out),
             Merge::AnyNonNull => {
-                let found: Vec<&&[u8]> = answers.iter().filter(|answer| !matches!(answer.first(), Some(b'_' | b'0'))).collect();
+                let found: Vec<&&[u8]> =
+                    answers.iter().filter(|answer| !matches!(answer.first(), Some(b'_' | b'0'))).collect();
                 match found.len() {
                     0 => ReplyWriter::new(out).null(),
                     count => out.extend_from_slice(found[random % count]),
@@ -132,7 +133,8 @@ mod tests {
 
     #[test]
     fn elements_come_back_in_the_order_of_the_keys() {
-        let out = merged(Merge::InKeyOrder, vec![vec![0, 3], vec![1, 2]], &[array(&[b"a", b"d"]), array(&[b"b", b"c"])]);
+        let out =
+            merged(Merge::InKeyOrder, vec![vec![0, 3], vec![1, 2]], &[array(&[b"a", b"d"]), array(&[b"b", b"c"])]);
         assert_eq!(out, array(&[b"a", b"b", b"c", b"d"]));
     }
 

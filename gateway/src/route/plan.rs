@@ -30,11 +30,18 @@ pub fn plan(
     keyspace: &KeyspaceRoutes,
     routing: &Routing,
 ) -> Result<Plan, CommandError> {
+    // A key without its value is answered as the shard would, but before anything is split.
+    let step = usize::from(spec.keys.step.unsigned_abs()).max(1);
+    if spec.keys.last < 0 && !(line.len() - spec.keys.first as usize).is_multiple_of(step) {
+        return Err(error::wrong_arity(spec.name));
+    }
     match spec.route {
         Route::OneShard => one_shard(spec, line, keyspace),
         Route::Split(merge) => Ok(split(spec, line, keyspace, merge)),
         Route::AllShards(merge) => Ok(everywhere(keyspace.shard_keys(), merge)),
-        Route::AllKeyspaces(merge) => Ok(everywhere(routing.keyspaces().flat_map(|keyspace| keyspace.shard_keys()), merge)),
+        Route::AllKeyspaces(merge) => {
+            Ok(everywhere(routing.keyspaces().flat_map(|keyspace| keyspace.shard_keys()), merge))
+        }
         Route::Here => unreachable!("the dispatcher answers {} itself", spec.name),
     }
 }
@@ -128,6 +135,13 @@ mod tests {
         assert_eq!(all, [0, 1, 2, 3, 4, 5]);
         shares = groups(plan_of("DBSIZE", 5).unwrap());
         assert_eq!(shares.len(), 5);
+    }
+
+    #[test]
+    fn a_key_without_its_value_is_refused() {
+        for text in ["MSET a 1 b", "MSETNX a 1 b 2 c"] {
+            assert!(plan_of(text, 3).is_err_and(|error| error.text().contains("wrong number of arguments")), "{text}");
+        }
     }
 
     #[test]

@@ -35,7 +35,10 @@ impl Connector for GrpcConnector {
                 .max_encoding_message_size(MESSAGE_BYTES_MAX);
             let (frames, outgoing) = mpsc::channel(FRAMES_WAITING_MAX);
             let mut request = tonic::Request::new(ReceiverStream::new(outgoing));
-            let entries = [(net::PROTOCOL_METADATA, vasto_proto::PROTOCOL_VERSION.to_string()), (net::CLUSTER_METADATA, cluster.to_string())];
+            let entries = [
+                (net::PROTOCOL_METADATA, vasto_proto::PROTOCOL_VERSION.to_string()),
+                (net::CLUSTER_METADATA, cluster.to_string()),
+            ];
             for (name, value) in entries {
                 request.metadata_mut().insert(name, value.parse().expect("digits are valid metadata"));
             }

@@ -20,8 +20,12 @@ pub type LinkHalves = (Box<dyn BatchSender>, Box<dyn AnswerReceiver>);
 /// Opens links.
 pub trait Connector: Send + Sync + 'static {
     /// Opens a link on the calling worker's thread.
-    fn connect(&self, store: StoreId, address: &str, cluster: ClusterId)
-    -> LocalFuture<'static, Result<LinkHalves, LinkError>>;
+    fn connect(
+        &self,
+        store: StoreId,
+        address: &str,
+        cluster: ClusterId,
+    ) -> LocalFuture<'static, Result<LinkHalves, LinkError>>;
 }
 
 /// The sending half.

@@ -11,7 +11,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 use tracing::{info, warn};
 use vasto_proto::batch::{Answers, OPERATION_HEAD_BYTES, OperationHead, Outcome, write_operation};
@@ -99,13 +99,13 @@ pub struct Link {
     store: StoreId,
     state: RefCell<State>,
     work: Notify,
-    /// An answer is being handed out: held-up connections are resumed after it.
-    full_events: Cell<u64>,
+    /// Since when no attempt to connect has succeeded.
+    down_since: Cell<Option<Instant>>,
 }
 
 impl Link {
     pub fn new(store: StoreId) -> Self {
-        Self { store, state: RefCell::default(), work: Notify::new(), full_events: Cell::new(0) }
+        Self { store, state: RefCell::default(), work: Notify::new(), down_since: Cell::new(None) }
     }
 
     /// Whether a connection must wait before it sends more here; if so it is resumed when there is room.
@@ -114,22 +114,33 @@ impl Link {
         if state.bytes < IN_FLIGHT_BYTES_MAX {
             return false;
         }
-        self.full_events.set(self.full_events.get() + 1);
         if !state.held_up.iter().any(|waiting| Rc::ptr_eq(waiting, connection)) {
             state.held_up.push(Rc::clone(connection));
         }
         true
     }
 
+    /// Whether the store has been away for so long that commands for it no longer wait for its return.
+    pub fn is_given_up(&self, deadline: Duration) -> bool {
+        self.down_since.get().is_some_and(|since| since.elapsed() > deadline)
+    }
+
     /// Adds an operation to the batch that gathers; `arguments` are cloned into it.
-    pub fn push<'a>(&self, connection: &Rc<Connection>, request: Request, arguments: impl Iterator<Item = &'a [u8]>, argument_bytes: usize) {
+    pub fn push<'a>(
+        &self,
+        connection: &Rc<Connection>,
+        request: Request,
+        arguments: impl Iterator<Item = &'a [u8]>,
+        argument_bytes: usize,
+    ) {
         let state = &mut *self.state.borrow_mut();
         let alone = argument_bytes > ALONE_BYTES;
         if state.waiting.is_empty() {
             // The one wake-up of a batch; whatever else comes before the task runs joins it.
             self.work.notify_one();
         }
-        if alone || state.waiting.back().is_none_or(|batch| batch.is_closed || batch.packed.len() >= BATCH_BYTES_TARGET) {
+        if alone || state.waiting.back().is_none_or(|batch| batch.is_closed || batch.packed.len() >= BATCH_BYTES_TARGET)
+        {
             state.waiting.push_back(WaitingBatch::default());
         }
         let serial = state.first_waiting_serial() + state.waiting.len() as u64 - 1;
@@ -170,9 +181,11 @@ impl Link {
     /// Connects, and connects again, and moves batches and answers until the worker drops it.
     pub async fn run(self: Rc<Self>, connector: Arc<dyn Connector>, routing: impl Fn() -> Rc<Routing>) {
         let mut pause = RECONNECT_PAUSE_MIN;
-        let mut was_up = true;
         loop {
-            self.wait_for_work().await;
+            // A store that is away is tried again without being asked, so that its return is known at once.
+            if self.down_since.get().is_none() {
+                self.wait_for_work().await;
+            }
             let known = routing();
             let address = known.snapshot.store(self.store).map(|store| store.address.clone()).unwrap_or_default();
             let opened = if address.is_empty() {
@@ -182,20 +195,30 @@ impl Link {
             };
             let error = match opened {
                 Ok(halves) => {
-                    if !was_up {
+                    if self.down_since.take().is_some() {
                         info!(store = %self.store, %address, "link is back");
                     }
-                    (was_up, pause) = (true, RECONNECT_PAUSE_MIN);
+                    pause = RECONNECT_PAUSE_MIN;
                     self.drive(halves).await
                 }
                 Err(error) => error,
             };
-            if was_up {
+            if self.down_since.get().is_none() {
                 warn!(store = %self.store, %address, %error, "link lost");
-                was_up = false;
+                self.down_since.set(Some(Instant::now()));
             }
             self.lost(&error);
-            tokio::time::sleep(pause).await;
+            let next_attempt = tokio::time::sleep(pause);
+            tokio::pin!(next_attempt);
+            loop {
+                // Both are cancel safe.
+                tokio::select! {
+                    () = &mut next_attempt => break,
+                    () = self.work.notified() => {}
+                }
+                // Nobody waits for a store that has been given up.
+                self.lost(&error);
+            }
             pause = (pause * 2).min(RECONNECT_PAUSE_MAX);
         }
     }
@@ -319,7 +342,12 @@ impl Link {
             } else {
                 let packed = if was_sent { &sent[index] } else { &waiting[index - sent.len()] };
                 let operation = packed.slice(offset as usize..(offset + bytes) as usize);
-                connection.refused(Refused { request, outcome: Outcome::NotServing, text: error.to_string(), operation });
+                connection.refused(Refused {
+                    request,
+                    outcome: Outcome::NotServing,
+                    text: error.to_string(),
+                    operation,
+                });
             }
             if connection.touch() {
                 touched.push(connection);

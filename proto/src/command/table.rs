@@ -129,8 +129,7 @@ macro_rules! gateway_commands {
             Info "info" -1 [LOADING STALE] (0 0 0) Here info::info "server" "1.0.0" "Describes the server.";
             Time "time" 1 [LOADING STALE FAST] (0 0 0) Here server::time "server" "2.6.0" "Returns the time of this gateway.";
             Lolwut "lolwut" -1 [READONLY FAST] (0 0 0) Here server::lolwut "server" "5.0.0" "Shows the version and a picture.";
-            Debug "debug" -2 [CONTAINER ADMIN NOSCRIPT LOADING STALE] (0 0 0) Here container::missing "server" "1.0.0" "Commands for tests.";
-            DebugSleep "debug|sleep" 3 [ADMIN NOSCRIPT LOADING STALE] (0 0 0) Here server::debug_sleep "server" "1.0.0" "Holds up this connection for some seconds.";
+            Debug "debug" -2 [ADMIN NOSCRIPT LOADING STALE] (0 0 0) Here server::debug "server" "1.0.0" "Commands for tests: DEBUG SLEEP seconds holds up this connection.";
             Memory "memory" -2 [CONTAINER] (0 0 0) Here container::missing "server" "4.0.0" "Commands on memory.";
             MemoryHelp "memory|help" 2 [LOADING STALE] (0 0 0) Here container::memory_help "server" "4.0.0" "Lists the subcommands.";
             MemoryDoctor "memory|doctor" 2 [] (0 0 0) Here server::memory_doctor "server" "4.0.0" "Says whether memory needs attention.";
@@ -368,7 +367,8 @@ mod tests {
 
     #[test]
     fn key_positions_are_those_of_redis() {
-        let positions = |name: &str, count| find(name.as_bytes()).unwrap().spec().key_positions(count).collect::<Vec<_>>();
+        let positions =
+            |name: &str, count| find(name.as_bytes()).unwrap().spec().key_positions(count).collect::<Vec<_>>();
         assert_eq!(positions("get", 2), [1]);
         assert_eq!(positions("mset", 5), [1, 3]);
         assert_eq!(positions("del", 4), [1, 2, 3]);

@@ -35,7 +35,9 @@ pub struct ShardRecord {
 pub enum RecordError {
     #[error("a keyspace needs 1 to {SHARD_COUNT_MAX} shards, not {0}")]
     ShardCount(usize),
-    #[error("keyspace name {0:?} is empty, longer than {KEYSPACE_NAME_BYTES_MAX} bytes or has other characters than letters, digits, '_', '-', '.'")]
+    #[error(
+        "keyspace name {0:?} is empty, longer than {KEYSPACE_NAME_BYTES_MAX} bytes or has other characters than letters, digits, '_', '-', '.'"
+    )]
     Name(String),
 }
 

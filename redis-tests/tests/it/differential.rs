@@ -26,8 +26,12 @@ const EPISODE_COMMANDS: usize = 250;
 const CONNECTIONS: usize = 4;
 const WHOLE: usize = CONNECTIONS - 1;
 
-/// An episode is shortened by at most so many repetitions.
+/// An episode is shortened by at most so many repetitions, and for so long.
 const REPETITIONS_MAX: usize = 400;
+const SHORTENING_TIME: Duration = Duration::from_secs(20);
+
+/// No answer takes so long, even on a busy machine.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(15);
 
 #[test]
 fn one_shard_answers_as_redis_server_does() {
@@ -192,6 +196,9 @@ fn open(number: usize, theirs: &[Address], ours: &[Address]) -> Pair {
         ours: Connection::open(&ours[number % ours.len()]),
         queued: Vec::new(),
     };
+    for connection in [&mut pair.theirs, &mut pair.ours] {
+        connection.set_reply_timeout(ANSWER_TIMEOUT).expect("the socket is open");
+    }
     if number == 2 {
         for connection in [&mut pair.theirs, &mut pair.ours] {
             connection.done(&["HELLO", "3"]);
@@ -434,12 +441,13 @@ fn shorten(
         difference = found;
     }
     let mut repetitions = 0;
+    let begin = Instant::now();
     let mut chunk = episode.len() / 2;
-    while chunk > 0 && repetitions < REPETITIONS_MAX {
+    while chunk > 0 && repetitions < REPETITIONS_MAX && begin.elapsed() < SHORTENING_TIME {
         let mut start = 0;
         let mut found_any = false;
         // The last step shows the difference and stays.
-        while start + 1 < episode.len() && repetitions < REPETITIONS_MAX {
+        while start + 1 < episode.len() && repetitions < REPETITIONS_MAX && begin.elapsed() < SHORTENING_TIME {
             let end = (start + chunk).min(episode.len() - 1);
             let mut without = episode.clone();
             without.drain(start..end);
@@ -873,6 +881,16 @@ impl Generator {
     }
 
     fn row(&mut self) -> &'static Row {
+        loop {
+            let row = self.any_row();
+            // Settings are those of the gateway asked, and there are two.
+            if self.reach == Reach::Everything || row.name != "CONFIG" {
+                return row;
+            }
+        }
+    }
+
+    fn any_row(&mut self) -> &'static Row {
         let mut left = self.random.u32(..self.weights);
         for row in ROWS {
             if left < row.weight {

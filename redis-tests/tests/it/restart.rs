@@ -207,13 +207,18 @@ fn a_gateway_waits_for_the_master_and_for_stores() {
     second.start_again_without_waiting();
     master.start_again();
     second.wait_ready(READY_TIMEOUT);
-    eventually!(
-        "all keys are there again",
-        (0..100).all(|number| {
-            let key = format!("key:{number}");
-            connection.call(&["GET", &key]) == Value::bulk(&key)
-        })
-    );
+    let keys: Vec<String> = (0..100).map(|number| format!("key:{number}")).collect();
+    eventually!("all keys are there again", all_are_there(&mut connection, &keys));
+}
+
+/// One GET for each key, all at once: a store that is down is waited for once, not once for each key.
+fn get_all(connection: &mut Connection, keys: &[String]) -> Vec<Value> {
+    let commands: Vec<Vec<&str>> = keys.iter().map(|key| vec!["GET", key]).collect();
+    connection.pipeline(&commands).unwrap()
+}
+
+fn all_are_there(connection: &mut Connection, keys: &[String]) -> bool {
+    get_all(connection, keys).iter().zip(keys).all(|(value, key)| *value == Value::bulk(key))
 }
 
 #[test]
@@ -226,48 +231,46 @@ fn a_store_that_is_down_is_missed_for_its_own_keys_alone() {
         connection.done(&["SET", key, key]);
     }
     cluster.stores[1].kill_9();
-    let start = Instant::now();
-    let mut answers: BTreeMap<&String, Value> = BTreeMap::new();
-    let served = |connection: &mut Connection, key: &String| connection.call(&["GET", key]);
-    for key in &keys {
-        answers.insert(key, served(&mut connection, key));
-    }
-    let missing: Vec<&&String> = answers.iter().filter(|(_, value)| value.is_error()).map(|(key, _)| key).collect();
-    for (key, value) in &answers {
-        assert!(value.is_error() || *value == Value::bulk(key), "{key}: {}", value.text());
+    let answers = get_all(&mut connection, &keys);
+    let (mut there, mut missing) = (Vec::new(), Vec::new());
+    for (key, value) in keys.iter().zip(answers) {
+        if value.is_error() {
+            missing.push((key.clone(), value.text()));
+        } else {
+            assert_eq!(value, Value::bulk(key));
+            there.push(key.clone());
+        }
     }
     assert!(
-        !missing.is_empty() && missing.len() < keys.len(),
+        !missing.is_empty() && !there.is_empty(),
         "{} of {} keys are missed; a store of three was killed",
         missing.len(),
         keys.len()
     );
-    let error = answers[*missing[0]].text();
-    assert!(error.len() > 10, "the error says nothing: {error}");
-    // The others are not held up: the deadline of a command may pass for each of the missing, not for all.
-    let there: Vec<&String> = keys.iter().filter(|key| !answers[key].is_error()).collect();
+    assert!(missing[0].1.len() > 10, "the error says nothing: {}", missing[0].1);
+    // Keys of the other stores are not held up, whatever waits for the one that is down.
+    let mut waiting = cluster.connect(0);
+    waiting.send(&redis_tests::resp::command(&["GET", &missing[0].0])).unwrap();
     let begin = Instant::now();
     for key in &there {
         assert_eq!(connection.call(&["GET", key]), Value::bulk(key));
         connection.done(&["SET", key, key]);
     }
-    assert!(
-        begin.elapsed() < Duration::from_secs(10),
-        "keys of other stores took {:?} (the first round {:?})",
-        begin.elapsed(),
-        start.elapsed()
-    );
+    assert!(begin.elapsed() < Duration::from_secs(10), "keys of other stores took {:?}", begin.elapsed());
     // Never a part of the answer as if it were all.
-    let mut several = vec!["MGET".to_owned()];
-    several.extend(keys.iter().cloned());
-    assert!(connection.call(&several).is_error(), "MGET over a dead store is no success");
-    assert!(connection.call(&["DBSIZE"]).is_error(), "DBSIZE over a dead store is no success");
-    assert!(connection.call(&["KEYS", "*"]).is_error(), "KEYS over a dead store is no success");
-    several[0] = "EXISTS".to_owned();
-    assert!(connection.call(&several).is_error(), "EXISTS over a dead store is no success");
+    for name in ["MGET", "EXISTS"] {
+        let mut several = vec![name.to_owned()];
+        several.extend(keys.iter().cloned());
+        let answer = connection.call(&several);
+        assert!(answer.is_error(), "{name} over a dead store is no success: {}", answer.text());
+    }
+    for command in [&["DBSIZE"][..], &["KEYS", "*"]] {
+        let answer = connection.call(command);
+        assert!(answer.is_error(), "{command:?} over a dead store is no success: {}", answer.text());
+    }
     // It comes back by itself, on the same connection.
     cluster.stores[1].start_again();
-    eventually!("all keys are there again", keys.iter().all(|key| served(&mut connection, key) == Value::bulk(key)));
+    eventually!("all keys are there again", all_are_there(&mut connection, &keys));
     assert_eq!(connection.call(&["DBSIZE"]), Value::Integer(keys.len() as i64));
 }
 
@@ -277,7 +280,7 @@ fn a_store_that_hangs_does_not_hold_up_the_others() {
     let _turn = heavy();
     let cluster = Cluster::builder().stores(2).gateways(1).shards(4).start();
     let mut connection = cluster.connect(0);
-    let keys: Vec<String> = (0..100).map(|number| format!("key:{number}")).collect();
+    let keys: Vec<String> = (0..40).map(|number| format!("key:{number}")).collect();
     for key in &keys {
         connection.done(&["SET", key, key]);
     }
@@ -295,8 +298,8 @@ fn a_store_that_hangs_does_not_hold_up_the_others() {
         }
     }
     cluster.stores[0].thaw();
-    assert!(served > 10, "only {served} of {} keys were served", keys.len());
-    eventually!("all keys are there again", keys.iter().all(|key| connection.call(&["GET", key]) == Value::bulk(key)));
+    assert!(served > 5, "only {served} of {} keys were served", keys.len());
+    eventually!("all keys are there again", all_are_there(&mut connection, &keys));
 }
 
 #[test]

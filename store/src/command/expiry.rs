@@ -38,9 +38,9 @@ enum OptionError<'a> {
 }
 
 impl Conditions {
-    fn parse(mut args: Args<'_>) -> Result<Self, OptionError<'_>> {
+    fn parse(args: Args<'_>) -> Result<Self, OptionError<'_>> {
         let mut conditions = Self::default();
-        while let Some(word) = args.next() {
+        for word in args {
             match word.to_ascii_lowercase().as_slice() {
                 b"nx" => conditions.without_expiry = true,
                 b"xx" => conditions.with_expiry = true,

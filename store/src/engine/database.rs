@@ -55,10 +55,10 @@ impl Database {
         let mut keys_options = engine.keys_options.clone();
         keys_options.set_compaction_filter_factory(Factory(Arc::clone(&garbage)));
         let families = [
-            ColumnFamilyDescriptor::new(rocksdb::DEFAULT_COLUMN_FAMILY_NAME, engine.plain_options.clone()),
+            ColumnFamilyDescriptor::new(rocksdb::DEFAULT_COLUMN_FAMILY_NAME, engine.small_options.clone()),
             ColumnFamilyDescriptor::new(KEYS, keys_options),
-            ColumnFamilyDescriptor::new(ELEMENTS, engine.plain_options.clone()),
-            ColumnFamilyDescriptor::new(META, engine.plain_options.clone()),
+            ColumnFamilyDescriptor::new(ELEMENTS, engine.small_options.clone()),
+            ColumnFamilyDescriptor::new(META, engine.small_options.clone()),
         ];
         let db = DB::open_cf_descriptors(&engine.database_options, path, families)?;
         let mut memory_reads = ReadOptions::default();

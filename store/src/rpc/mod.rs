@@ -3,3 +3,5 @@
 mod pieces;
 pub mod server;
 mod stream;
+#[cfg(test)]
+mod tests;

@@ -218,7 +218,6 @@ fn check_peer(metadata: &MetadataMap, own: ClusterId) -> Result<(), Status> {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a test may panic")]
     use super::*;
 
     #[test]

@@ -63,6 +63,8 @@ impl Stream for AnswerStream {
             if let Some(frame) = this.outgoing.pop() {
                 return Poll::Ready(Some(Ok(frame)));
             }
+            // Asked first: answers that come after the look below would otherwise be missed at the end.
+            let is_waiting = this.late.is_waiting();
             match this.late.poll_next(task) {
                 Poll::Ready(Some(answers)) => {
                     this.outgoing.push(answers.into());
@@ -71,7 +73,7 @@ impl Stream for AnswerStream {
                 Poll::Ready(None) | Poll::Pending => {}
             }
             if this.ended {
-                return if this.late.is_waiting() { Poll::Pending } else { Poll::Ready(None) };
+                return if is_waiting { Poll::Pending } else { Poll::Ready(None) };
             }
             if this.session.poll_admit(task).is_pending() {
                 return Poll::Pending;

@@ -106,7 +106,9 @@ impl<'a> Context<'a> {
         let row = Self::raw(self.rows, self.stripes, cell);
         let mut reply = ReplyWriter::new(self.answers);
         match row.map(Header::decode) {
-            Some(Ok((header, value))) if header.is_alive(self.now_ms) && header.stamp.ns > flush_ns => reply.bulk(value),
+            Some(Ok((header, value))) if header.is_alive(self.now_ms) && header.stamp.ns > flush_ns => {
+                reply.bulk(value)
+            }
             Some(Ok(_)) | None => reply.null(),
             Some(Err(error)) => return Err(self.corrupt(&error.to_string())),
         }
@@ -135,12 +137,8 @@ impl<'a> Context<'a> {
 
     /// Writes a tombstone.
     pub fn delete(&mut self, key: &[u8]) -> Result<(), Failure> {
-        let header = Header {
-            kind: RowKind::Tombstone,
-            stamp: Stamp::default(),
-            expires_at_ms: 0,
-            changed_in_place: false,
-        };
+        let header =
+            Header { kind: RowKind::Tombstone, stamp: Stamp::default(), expires_at_ms: 0, changed_in_place: false };
         self.write(key, header, &[])
     }
 
@@ -163,11 +161,14 @@ impl<'a> Context<'a> {
 
     fn find(&mut self, key: &[u8]) -> Result<CellIndex, Failure> {
         let cells = &self.rows.operation_cells[self.cells.clone()];
-        let is = |place: usize| cells.get(place).is_some_and(|cell| self.rows.cells[*cell as usize].is(key, self.batch));
+        let is =
+            |place: usize| cells.get(place).is_some_and(|cell| self.rows.cells[*cell as usize].is(key, self.batch));
         let place = [self.hint, self.hint + 1].into_iter().find(|place| is(*place));
         let place = place.or_else(|| (0..cells.len()).find(|place| is(*place)));
         let Some(place) = place else {
-            return Err(Failure::Error(CommandError::fixed("ERR internal error: the command uses a key that it did not name")));
+            return Err(Failure::Error(CommandError::fixed(
+                "ERR internal error: the command uses a key that it did not name",
+            )));
         };
         self.hint = place;
         Ok(cells[place])
@@ -214,9 +215,12 @@ impl<'a> Context<'a> {
     fn next_stamp(&mut self) -> Result<Stamp, Failure> {
         let database = &self.shard.database;
         let wanted = self.rows.cells.len() as u64;
-        self.rows.stamps.next(&self.shard.stamps, self.now_ns, wanted, database, self.tier).map_err(|error| match error {
+        self.rows.stamps.next(&self.shard.stamps, self.now_ns, wanted, database, self.tier).map_err(|error| match error
+        {
             EngineError::NotInMemory | EngineError::Stalled => Failure::Diverted,
-            EngineError::Failed(text) => Failure::Refused(Outcome::NotServing, format!("shard {}: {text}", self.shard.key)),
+            EngineError::Failed(text) => {
+                Failure::Refused(Outcome::NotServing, format!("shard {}: {text}", self.shard.key))
+            }
         })
     }
 

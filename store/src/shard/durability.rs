@@ -50,7 +50,6 @@ impl Durability {
         session.one_more_waits(answers.len());
         self.held.lock().push(Held { needs, answers, session });
     }
-
 }
 
 impl Shard {

@@ -9,6 +9,7 @@
 //! On a worker, what would wait is *diverted*: nothing of the operation is executed, it goes to the blocking lane, and later
 //! operations of its connection on this shard follow it there.
 
+use super::Shard;
 use super::context::{Context, Failure};
 use super::durability::SyncBell;
 use super::gate::{self, Refusal};
@@ -17,7 +18,6 @@ use super::map::{ShardMap, Shards};
 use super::rows::{CellIndex, Rows, State};
 use super::session::Shared;
 use super::stripes::{Patience, StripeGuard, StripeSet, Stripes};
-use super::Shard;
 use crate::command;
 use crate::config::Limits;
 use crate::engine::{Engine, EngineError, Tier, meta};
@@ -170,7 +170,7 @@ impl Executor {
         let mut groups = std::mem::take(&mut self.groups);
         for group in groups.drain(..) {
             let answers_start = answers.len();
-            self.run_group(core, &group, batch, place, now_ns, answers);
+            self.run_group(core, session, &group, batch, place, now_ns, answers);
             // Guards are gone: what is durable can be waited for.
             if answers.len() > answers_start
                 && let Some(needs) = group.shard.durability.must_wait()
@@ -241,6 +241,8 @@ impl Executor {
                 ReplyWriter::new(answers).error(&text);
                 end_answer(answers, answer);
                 continue;
+            } else if session.is_refusing(&head) {
+                behind_a_refusal()
             } else if bytes > LARGE_VALUE_BYTES && !operation.has_large_permit() {
                 (Outcome::NeedsLargePermit, String::new())
             } else {
@@ -264,7 +266,7 @@ impl Executor {
                 }
             };
             self.operations[index].fate = Fate::Answered;
-            refuse(answers, head.id, &refusal);
+            refuse(session, answers, &head, &refusal);
         }
     }
 
@@ -275,13 +277,15 @@ impl Executor {
         operation.is_blind = command::is_blind(operation.command, args);
         operation.takes_all_keys = command::takes_all_keys(operation.command, args);
         let bytes = (operation.end - operation.start) as usize;
-        operation.needs_lane = place == Place::Worker
-            && (bytes > WORKER_BYTES_MAX || command::needs_lane(operation.command, args));
+        operation.needs_lane =
+            place == Place::Worker && (bytes > WORKER_BYTES_MAX || command::needs_lane(operation.command, args));
     }
 
+    #[expect(clippy::too_many_arguments, reason = "what one group works on, borrowed separately")]
     fn run_group(
         &mut self,
         core: &Core,
+        session: &Shared,
         group: &Group,
         batch: &[u8],
         place: Place,
@@ -304,7 +308,7 @@ impl Executor {
         }
         self.load(core, shard, batch, place, &mut guards);
         let answers_start = answers.len();
-        self.run_commands(core, group, batch, place, now_ns, &guards, answers);
+        self.run_commands(core, session, group, batch, place, now_ns, &guards, answers);
         match self.commit(shard, batch, place) {
             Ok(()) => {
                 self.refresh_cache(shard, batch, &mut guards);
@@ -412,6 +416,7 @@ impl Executor {
     fn run_commands(
         &mut self,
         core: &Core,
+        session: &Shared,
         group: &Group,
         batch: &[u8],
         place: Place,
@@ -432,9 +437,15 @@ impl Executor {
                 operation.fate = Fate::Diverted;
                 continue;
             }
+            // Asked again: an operation before it in this very group may have been refused.
+            if session.is_refusing(&operation.head) {
+                operation.fate = Fate::Answered;
+                refuse(session, answers, &operation.head, &behind_a_refusal());
+                continue;
+            }
             if !operation.has_large_permit() && self.rows.has_fetched_above(&cells, LARGE_VALUE_BYTES) {
                 operation.fate = Fate::Answered;
-                write_answer(answers, id, Outcome::NeedsLargePermit, &[]);
+                refuse(session, answers, &operation.head, &(Outcome::NeedsLargePermit, String::new()));
                 continue;
             }
             let answer = begin_answer(answers, id, Outcome::Reply);
@@ -466,9 +477,13 @@ impl Executor {
                     ReplyWriter::new(answers).error(error.text());
                     end_answer(answers, answer);
                 }
+                (Failure::Refused(Outcome::Unknown, text), _) => {
+                    cancel_answer(answers, answer);
+                    write_answer(answers, id, Outcome::Unknown, text.as_bytes());
+                }
                 (Failure::Refused(outcome, text), _) => {
                     cancel_answer(answers, answer);
-                    write_answer(answers, id, outcome, text.as_bytes());
+                    refuse(session, answers, &operation.head, &(outcome, text));
                 }
                 (Failure::Diverted, Place::Worker) => {
                     cancel_answer(answers, answer);
@@ -477,7 +492,8 @@ impl Executor {
                 }
                 (Failure::Diverted, Place::Lane) => {
                     cancel_answer(answers, answer);
-                    write_answer(answers, id, Outcome::NotServing, b"the shard could not read its rows");
+                    let text = "the shard could not read its rows".to_owned();
+                    refuse(session, answers, &operation.head, &(Outcome::NotServing, text));
                 }
             }
         }
@@ -519,7 +535,8 @@ impl Executor {
     /// Rows that were read are kept, kept rows that were written are changed.
     fn refresh_cache(&mut self, shard: &Shard, batch: &[u8], guards: &mut Guards<'_>) {
         for cell in &self.rows.cells {
-            if !cell.fetched && !(cell.dirty && cell.was_cached) {
+            let is_kept = cell.dirty && cell.was_cached;
+            if !(cell.fetched || is_kept) {
                 continue;
             }
             let State::Bytes { start, length } = cell.state else { continue };
@@ -587,15 +604,21 @@ impl Executor {
 /// Batches between two visits of the shared counters.
 const COUNTED_BATCHES: u32 = 64;
 
-fn borrowed<'r, R: std::ops::Deref<Target = [u8]>>(
-    row: &'r Result<Option<R>, EngineError>,
-) -> Result<Option<&'r [u8]>, EngineError> {
+fn borrowed<R: std::ops::Deref<Target = [u8]>>(
+    row: &Result<Option<R>, EngineError>,
+) -> Result<Option<&[u8]>, EngineError> {
     match row {
         Ok(row) => Ok(row.as_deref()),
         Err(error) => Err(error.clone()),
     }
 }
 
-fn refuse(answers: &mut Vec<u8>, id: u32, (outcome, text): &Refusal) {
-    write_answer(answers, id, *outcome, text.as_bytes());
+/// Answers that nothing was executed, and has what is under way behind it refused as well.
+fn refuse(session: &Shared, answers: &mut Vec<u8>, head: &OperationHead, (outcome, text): &Refusal) {
+    session.start_refusing((head.connection, head.target));
+    write_answer(answers, head.id, *outcome, text.as_bytes());
+}
+
+fn behind_a_refusal() -> Refusal {
+    (Outcome::NotServing, "an earlier command of this connection was refused".to_owned())
 }

@@ -6,12 +6,12 @@ use super::Shard;
 use super::executor::{Core, Executor, Place};
 use super::map::MapSnapshot;
 use super::session::Shared;
+use crate::command;
 use bytes::Bytes;
 use parking_lot::{Condvar, Mutex};
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use crate::command;
 use vasto_proto::batch::Operations;
 use vasto_proto::command::Args;
 use vasto_proto::command::table::StoreCommand;
@@ -110,6 +110,8 @@ impl LanePool {
                 let mut state = core.pool.state.lock();
                 loop {
                     match state.jobs.pop_front() {
+                        // It can be done after the next start.
+                        Some(Job::Compact(_)) if state.stopped => {}
                         Some(job) => break job,
                         None if state.stopped => return,
                         None => core.pool.available.wait(&mut state),

@@ -127,7 +127,7 @@ impl RowCache {
     }
 
     fn make_room(&mut self, wanted: usize) {
-        while self.bytes + wanted > self.budget && self.table.len() > 0 {
+        while self.bytes + wanted > self.budget && !self.table.is_empty() {
             self.hand = if self.hand + 1 < self.entries.len() { self.hand + 1 } else { 0 };
             let entry = &mut self.entries[self.hand];
             if entry.bytes.is_empty() {

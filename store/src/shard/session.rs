@@ -7,12 +7,12 @@ use bytes::Bytes;
 use foldhash::fast::FixedState;
 use futures_util::task::AtomicWaker;
 use parking_lot::Mutex;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::future::poll_fn;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::task::{Context, Poll};
-use vasto_proto::batch::{Answers, BatchError, Outcome, write_answer};
+use vasto_proto::batch::{Answers, BatchError, FLAG_AFTER_REFUSAL, OperationHead, Outcome, write_answer};
 
 /// Operations of one session that may wait in the blocking lane (or for a sync): above it no further batch is read.
 const WAITING_OPERATIONS_MAX: usize = 8192;
@@ -29,10 +29,20 @@ pub struct Shared {
     pub(super) lanes: Mutex<Lanes>,
     /// Lanes that have work.
     pub(super) busy: AtomicUsize,
+    refusing: Refusing,
     waiting_operations: AtomicUsize,
     waiting_bytes: AtomicUsize,
     admit_waker: AtomicWaker,
     closed: AtomicBool,
+}
+
+/// Connections and shards of which an operation was refused: later ones, which were under way behind it, must not overtake it, and are
+/// refused too until the gateway says that it knows ([`FLAG_AFTER_REFUSAL`]).
+#[derive(Default)]
+struct Refusing {
+    /// How many there are, read without the lock on the hot path.
+    count: AtomicUsize,
+    keys: Mutex<HashSet<LaneKey, FixedState>>,
 }
 
 pub(super) type Lanes = HashMap<LaneKey, Lane, FixedState>;
@@ -47,6 +57,28 @@ struct Late {
 impl Shared {
     pub fn is_closed(&self) -> bool {
         self.closed.load(Ordering::Acquire)
+    }
+
+    /// An operation of this connection on this shard was refused.
+    pub(super) fn start_refusing(&self, lane: LaneKey) {
+        let mut keys = self.refusing.keys.lock();
+        keys.insert(lane);
+        self.refusing.count.store(keys.len(), Ordering::Release);
+    }
+
+    /// Whether an operation must be refused because one before it was; one with the flag ends that.
+    pub(super) fn is_refusing(&self, head: &OperationHead) -> bool {
+        if self.refusing.count.load(Ordering::Acquire) == 0 {
+            return false;
+        }
+        let lane = (head.connection, head.target);
+        let mut keys = self.refusing.keys.lock();
+        if head.flags & FLAG_AFTER_REFUSAL == 0 {
+            return keys.contains(&lane);
+        }
+        keys.remove(&lane);
+        self.refusing.count.store(keys.len(), Ordering::Release);
+        false
     }
 
     /// Counts something that waits and will end in [`Shared::push_late`].

@@ -118,7 +118,9 @@ impl Stamps {
         loop {
             let first = now_ns.max(last + 1);
             let end = first + count;
-            if end > self.bound_ns.load(Ordering::Acquire) || sequence + count > self.bound_sequence.load(Ordering::Acquire) {
+            if end > self.bound_ns.load(Ordering::Acquire)
+                || sequence + count > self.bound_sequence.load(Ordering::Acquire)
+            {
                 self.raise(end, sequence + count, &mut save)?;
             }
             match self.last_ns.compare_exchange_weak(last, end - 1, Ordering::Relaxed, Ordering::Relaxed) {
@@ -135,17 +137,12 @@ impl Stamps {
         save: &mut impl FnMut(&[u8]) -> Result<(), EngineError>,
     ) -> Result<(), EngineError> {
         let _one_at_a_time = self.raising.lock();
-        let old = Bound {
-            ns: self.bound_ns.load(Ordering::Acquire),
-            sequence: self.bound_sequence.load(Ordering::Acquire),
-        };
+        let old =
+            Bound { ns: self.bound_ns.load(Ordering::Acquire), sequence: self.bound_sequence.load(Ordering::Acquire) };
         if ns <= old.ns && sequence <= old.sequence {
             return Ok(());
         }
-        let bound = Bound {
-            ns: old.ns.max(ns + AHEAD_NS),
-            sequence: old.sequence.max(sequence + AHEAD_SEQUENCES),
-        };
+        let bound = Bound { ns: old.ns.max(ns + AHEAD_NS), sequence: old.sequence.max(sequence + AHEAD_SEQUENCES) };
         save(&bound.to_bytes())?;
         self.bound_ns.store(bound.ns, Ordering::Release);
         self.bound_sequence.store(bound.sequence, Ordering::Release);
@@ -172,17 +169,21 @@ impl Stamps {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a test may panic")]
     use super::*;
     use proptest::prelude::*;
 
     #[derive(Clone, Debug)]
     enum Step {
-        Draw { now_ns: u64, count: u64 },
+        Draw {
+            now_ns: u64,
+            count: u64,
+        },
         /// The process dies; what was saved stays.
         Crash,
         /// The bound cannot be saved.
-        DrawFails { now_ns: u64 },
+        DrawFails {
+            now_ns: u64,
+        },
     }
 
     fn steps() -> impl Strategy<Value = Vec<Step>> {

@@ -26,7 +26,6 @@ impl<'a> ShardView<'a> {
         self.shard.slots()
     }
 
-
     /// Whether a client sees the row: neither deleted, nor expired, nor flushed.
     pub fn is_alive(&self, header: &Header) -> bool {
         header.is_alive(self.now_ms) && header.stamp.ns > self.flush_ns
@@ -138,7 +137,9 @@ impl Walk<'_> {
 
     /// Slots that the shard does not own are invisible.
     fn skip_slots_of_others(&mut self) {
-        while let Some(slot) = self.disk.key().and_then(|key| key.first_chunk::<2>()).map(|slot| u16::from_be_bytes(*slot)) {
+        while let Some(slot) =
+            self.disk.key().and_then(|key| key.first_chunk::<2>()).map(|slot| u16::from_be_bytes(*slot))
+        {
             if self.shard.owns(slot) {
                 return;
             }

@@ -300,7 +300,6 @@ fn seconds(number: f64) -> anyhow::Result<Duration> {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
     use super::*;
 

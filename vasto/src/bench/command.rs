@@ -110,7 +110,6 @@ fn append_padded(mut number: u64, width: usize, output: &mut Vec<u8>) {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
     use super::*;
 

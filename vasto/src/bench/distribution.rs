@@ -133,7 +133,6 @@ fn inverse_integral(area: f64, exponent: f64) -> f64 {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
     use super::*;
 

@@ -275,7 +275,6 @@ fn entry_of(line: &str) -> anyhow::Result<(u64, Entry)> {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
     use super::*;
 

@@ -282,7 +282,6 @@ fn own_cpu_seconds() -> Option<f64> {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
     use std::collections::HashMap;
     use std::io::{BufRead, Write};

@@ -149,7 +149,6 @@ impl std::error::Error for Malformed {}
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
     use super::*;
 

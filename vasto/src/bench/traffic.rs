@@ -411,7 +411,6 @@ impl Traffic for ReadBack {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
     use std::collections::HashMap;
 

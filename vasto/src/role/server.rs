@@ -139,7 +139,6 @@ fn store_numbers(data: &Path, stores: u16) -> BTreeSet<u16> {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "tests may")]
 
     use super::*;
     use std::time::Duration;
