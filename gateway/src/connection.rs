@@ -36,9 +36,9 @@ const REST_BYTES_MIN: usize = 16 << 10;
 const OUTPUT_BYTES_PAUSE: usize = 1 << 20;
 /// Replies that a connection may be owed at once is this divided by what its replies weigh on average …
 const WINDOW_BYTES: usize = 4 << 20;
-/// … and at least 1, at most this, and at first as many as fit in without knowing.
+/// … and at least 1, at most this, and so many before the first reply tells what they weigh.
 const WINDOW_MAX: usize = 4096;
-const WINDOW_FIRST: usize = 512;
+const WINDOW_FIRST: usize = 64;
 /// A command that came in part and does not go on for this long closes the connection.
 const REQUEST_STALL: Duration = Duration::from_secs(60);
 
@@ -167,8 +167,9 @@ impl State {
     }
 
     fn note_reply_bytes(&mut self, bytes: usize) {
-        // An average over about eight replies; it follows a change of sizes within one window.
-        self.reply_bytes_average = (self.reply_bytes_average * 7 + bytes) / 8;
+        // An average over about eight replies; it follows a change of sizes within one window. The first one counts whole.
+        self.reply_bytes_average =
+            if self.reply_bytes_average == 0 { bytes } else { (self.reply_bytes_average * 7 + bytes) / 8 };
         self.window = (WINDOW_BYTES / self.reply_bytes_average.max(1)).clamp(1, WINDOW_MAX);
     }
 }
@@ -721,8 +722,6 @@ impl Connection {
                 dispatch::send_requests(self, state, sequence, requests);
             }
             Ok(crate::command::Round::Done) => {
-                // RESP version and reply mode are those of when the command came, but for commands that change them.
-                state.ring[index].protocol = state.session.protocol;
                 self.settle_named(state, index, &packed);
             }
             Err(error) => {

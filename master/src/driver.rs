@@ -8,7 +8,6 @@ use metrics::{counter, gauge};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
-use tonic::Status;
 use tracing::{info, warn};
 use vasto_proto::pb;
 use vasto_proto::topology::Snapshot;
@@ -25,14 +24,18 @@ const EVENT_QUEUE_MAX: usize = 1024;
 /// read its stream: its session ends, and it starts afresh with the next one.
 const DIRECTIVE_QUEUE_MAX: usize = 64;
 
+/// Why a store's session ends, in words for its log.
+#[derive(Clone, Debug)]
+pub struct SessionEnd(pub String);
+
 /// What a store's stream gets: directives, and at last perhaps why it ends.
-pub type Directives = mpsc::Receiver<Result<pb::Directive, Status>>;
-type DirectiveSender = mpsc::Sender<Result<pb::Directive, Status>>;
+pub type Directives = mpsc::Receiver<Result<pb::Directive, SessionEnd>>;
+type DirectiveSender = mpsc::Sender<Result<pb::Directive, SessionEnd>>;
 
 enum Input {
     Opened { session: SessionId, directives: DirectiveSender },
     Reported { session: SessionId, report: Report },
-    Ended { session: SessionId, reason: Option<Status> },
+    Ended { session: SessionId, reason: Option<SessionEnd> },
 }
 
 /// The way to the driver for the rpc module.
@@ -60,7 +63,7 @@ impl Link {
     }
 
     /// The store's stream ends; `reason` tells it why if the fault was its own.
-    pub async fn end_session(&self, session: SessionId, reason: Option<Status>) -> Result<(), Stopped> {
+    pub async fn end_session(&self, session: SessionId, reason: Option<SessionEnd>) -> Result<(), Stopped> {
         self.send(Input::Ended { session, reason }).await
     }
 
@@ -171,7 +174,7 @@ impl Driver {
                 }
                 counter!("vasto_master_refusals_total").increment(1);
                 // A full queue loses the reason, not the end.
-                let _ = directives.try_send(Err(Status::failed_precondition(refusal.to_string())));
+                let _ = directives.try_send(Err(SessionEnd(refusal.to_string())));
                 self.directives.remove(&session);
                 return true;
             }

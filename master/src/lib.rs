@@ -10,6 +10,8 @@ mod place;
 mod rpc;
 mod state;
 
+pub use rpc::ServeError as RunError;
+
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -17,7 +19,6 @@ use std::time::Duration;
 
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
-use vasto_proto::net;
 use vasto_proto::slot::SHARD_COUNT_MAX;
 
 /// Where the master listens and how it starts a cluster.
@@ -79,11 +80,6 @@ pub struct Bound {
     limits: state::Limits,
 }
 
-/// The gRPC server ended by itself.
-#[derive(Debug, thiserror::Error)]
-#[error("the master's gRPC server failed")]
-pub struct RunError(#[from] tonic::transport::Error);
-
 impl Bound {
     pub fn address(&self) -> SocketAddr {
         self.address
@@ -96,9 +92,7 @@ impl Bound {
         let (driver, link) = driver::Driver::new(state::State::new(self.limits), stop.clone());
         let service = rpc::Service::new(Arc::new(link), stop.clone());
         let sessions = service.sessions();
-        let incoming = tonic::transport::server::TcpIncoming::from(self.listener).with_nodelay(Some(true));
-        let stopped = stop.clone().cancelled_owned();
-        let server = net::server().serve_with_incoming_shutdown(service.into_server(), incoming, stopped);
+        let server = rpc::serve(self.listener, service, stop.clone());
         let (served, ()) = tokio::join!(
             async {
                 let served = server.await;
@@ -109,6 +103,6 @@ impl Bound {
         );
         sessions.close();
         sessions.wait().await;
-        Ok(served?)
+        served
     }
 }

@@ -4,6 +4,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 
 use futures_util::{Stream, StreamExt};
+use tokio::net::TcpListener;
 use tokio_stream::wrappers::{ReceiverStream, WatchStream};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -14,7 +15,7 @@ use vasto_proto::pb::master_server::{Master, MasterServer};
 use vasto_proto::topology::{KeyspaceRecord, RecordError};
 use vasto_proto::{PROTOCOL_VERSION, net, pb};
 
-use crate::driver::{Link, Stopped};
+use crate::driver::{Link, SessionEnd, Stopped};
 use crate::state::{Report, SessionId};
 
 pub struct Service {
@@ -39,6 +40,18 @@ impl Service {
     }
 }
 
+/// The gRPC server ended by itself.
+#[derive(Debug, thiserror::Error)]
+#[error("the master's gRPC server failed")]
+pub struct ServeError(#[from] tonic::transport::Error);
+
+/// Serves until `stop`.
+pub async fn serve(listener: TcpListener, service: Service, stop: CancellationToken) -> Result<(), ServeError> {
+    let incoming = tonic::transport::server::TcpIncoming::from(listener).with_nodelay(Some(true));
+    let stopped = stop.cancelled_owned();
+    Ok(net::server().serve_with_incoming_shutdown(service.into_server(), incoming, stopped).await?)
+}
+
 type ResponseStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 #[tonic::async_trait]
@@ -54,12 +67,14 @@ impl Master for Service {
         let (link, shutdown) = (Arc::clone(&self.link), self.shutdown.clone());
         self.sessions.spawn(async move {
             let read = read_reports(&link, session, reports);
-            let reason = shutdown.run_until_cancelled(read).await.and_then(Result::err);
+            let broken = shutdown.run_until_cancelled(read).await.and_then(Result::err);
+            let reason = broken.map(|status| SessionEnd(status.message().to_owned()));
             debug!(session = session.0, ?reason, "session ended");
             // After shutdown nobody listens any more.
             let _ = link.end_session(session, reason).await;
         });
-        Ok(Response::new(Box::pin(ReceiverStream::new(directives))))
+        let directives = ReceiverStream::new(directives);
+        Ok(Response::new(Box::pin(directives.map(|directive| directive.map_err(refused)))))
     }
 
     type WatchTopologyStream = ResponseStream<pb::Topology>;
@@ -103,6 +118,10 @@ fn require_version(theirs: u32) -> Result<(), Status> {
     }
     let text = format!("protocol version {theirs} does not work with this master's version {PROTOCOL_VERSION}");
     Err(Status::failed_precondition(text))
+}
+
+fn refused(SessionEnd(reason): SessionEnd) -> Status {
+    Status::failed_precondition(reason)
 }
 
 fn stopping(_: Stopped) -> Status {

@@ -39,23 +39,19 @@ pub fn hello(context: &mut Context<'_>, mut args: Args<'_>) -> Result<Next, Comm
             None => return Err(CommandError::fixed("ERR Protocol version is not an integer or out of range")),
         };
     }
-    let (mut name, mut user) = (None, None);
+    // Options act from left to right, also when a later one is wrong, as in Redis.
     while let Some(option) = args.next() {
         if option.eq_ignore_ascii_case(b"auth") && args.len() >= 2 {
-            user = Some(args.bytes()?);
+            authenticate(args.bytes()?)?;
             args.bytes()?;
         } else if option.eq_ignore_ascii_case(b"setname") && !args.is_empty() {
-            name = Some(client::valid_name(args.bytes()?)?);
+            let name = client::valid_name(args.bytes()?)?;
+            context.session.client.change_names(|names| names.name = name.to_vec());
         } else {
-            let text = format!("ERR Syntax error in HELLO option '{}'", String::from_utf8_lossy(option));
+            let printed = option.split(|byte| *byte == 0).next().unwrap_or_default();
+            let text = format!("ERR Syntax error in HELLO option '{}'", String::from_utf8_lossy(printed));
             return Err(error::single_line(&text).into_owned().into());
         }
-    }
-    if let Some(user) = user {
-        authenticate(user)?;
-    }
-    if let Some(name) = name {
-        context.session.client.change_names(|names| names.name = name.to_vec());
     }
     if let Some(protocol) = protocol {
         set_protocol(context, protocol);

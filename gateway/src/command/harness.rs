@@ -216,6 +216,10 @@ fn show_into(text: &mut String, reply: &mut &[u8]) {
         Reply::Boolean(value) => text.push_str(&value.to_string()),
         Reply::Bulk(bytes) => text.push_str(&quoted(bytes)),
         Reply::Verbatim(bytes) => text.push_str(&format!("txt:{}", quoted(bytes))),
+        Reply::Protocol(version) => {
+            text.push_str(&format!("RESP{version} "));
+            show_into(text, reply);
+        }
         Reply::Null => text.push_str("null"),
         Reply::NullArray => text.push_str("null array"),
         Reply::Array(count) => aggregate(text, reply, "[", count, "]"),

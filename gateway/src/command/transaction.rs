@@ -3,7 +3,7 @@
 use super::connection::find_keyspace;
 use super::{Ask, Context, Next, Round, ShardRequest, handler};
 use crate::routing::Routing;
-use crate::session::{QueuedCommand, Session, Transaction, WatchedKey};
+use crate::session::{Protocol, QueuedCommand, Session, Transaction, WatchedKey};
 use vasto_proto::batch::Arguments;
 use vasto_proto::command::table::{Command, GatewayCommand, StoreCommand};
 use vasto_proto::command::{Args, CommandSpec, Keys, Reply, ReplyWriter, Route};
@@ -282,7 +282,16 @@ enum Here {
 
 fn run_here(context: &mut Context<'_>, command: GatewayCommand, arguments: Arguments<'_>) -> Here {
     let mut reply = Vec::new();
+    let protocol = context.session.protocol;
     let next = handler(command)(&mut sub_context(context, &mut reply), Args::new(arguments));
+    if context.session.protocol != protocol {
+        // What was answered before HELLO keeps its form.
+        let version = if context.session.protocol == Protocol::Resp3 { 3 } else { 2 };
+        let mut marked = Vec::with_capacity(2 + reply.len());
+        ReplyWriter::new(&mut marked).protocol(version);
+        marked.append(&mut reply);
+        reply = marked;
+    }
     Here::Replied(match next {
         Ok(Next::Replied) => reply,
         Ok(Next::RepliedThenClose) => {

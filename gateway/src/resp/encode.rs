@@ -18,13 +18,17 @@ const MALFORMED: &[u8] = b"-ERR the store sent a malformed reply\r\n";
 const LENGTH_LINE_BYTES: usize = 16;
 
 /// Appends one whole packed reply.
-pub fn encode(packed: &[u8], protocol: Protocol, out: &mut Vec<u8>) {
+pub fn encode(packed: &[u8], mut protocol: Protocol, out: &mut Vec<u8>) {
     let start = out.len();
     let mut rest = packed;
     let mut left = 1u64;
     while left > 0 {
         left -= 1;
         match Reply::take(&mut rest) {
+            Some(Reply::Protocol(version)) => {
+                protocol = if version == 3 { Protocol::Resp3 } else { Protocol::Resp2 };
+                left += 1;
+            }
             Some(reply) => left += element(reply, protocol, out),
             None => {
                 out.truncate(start);
@@ -60,6 +64,7 @@ fn element(reply: Reply<'_>, protocol: Protocol, out: &mut Vec<u8>) -> u64 {
         Reply::Set(count) => return header(if resp3 { b'~' } else { b'*' }, count, count as u64, out),
         Reply::Map(count) if resp3 => return header(b'%', count, 2 * count as u64, out),
         Reply::Map(count) => return header(b'*', 2 * count, 2 * count as u64, out),
+        Reply::Protocol(_) => unreachable!("taken by the caller"),
     }
     0
 }

@@ -2,7 +2,7 @@
 //!
 //! One byte of type, then: `+` simple and `-` error and `$` bulk and `=` verbatim text: u32 length, bytes; `:` i64; `,` f64;
 //! `#` one byte; `_` null; `0` null array (RESP2 `*-1`); `O` the simple string OK; `*` `~` u32 count, then the elements; `%` u32 count of
-//! pairs, then keys and values in turn. Integers little endian.
+//! pairs, then keys and values in turn; `P` one byte, the RESP version from the next reply on. Integers little endian.
 
 /// Deepest nesting of a reply; ours nest four deep (COMMAND DOCS).
 pub const REPLY_DEPTH_MAX: usize = 16;
@@ -93,6 +93,11 @@ impl<'a> ReplyWriter<'a> {
         self.count(b'%', count);
     }
 
+    /// Has what follows encoded in this RESP version, 2 or 3: HELLO inside a transaction. Counts as no reply.
+    pub fn protocol(&mut self, version: u8) {
+        self.out.extend_from_slice(&[b'P', version]);
+    }
+
     /// Appends a reply that is packed already.
     pub fn packed(&mut self, reply: &[u8]) {
         self.out.extend_from_slice(reply);
@@ -116,6 +121,8 @@ pub enum Reply<'a> {
     Set(usize),
     /// Number of pairs.
     Map(usize),
+    /// RESP version from the next reply on; the reply itself follows.
+    Protocol(u8),
 }
 
 impl<'a> Reply<'a> {
@@ -133,6 +140,7 @@ impl<'a> Reply<'a> {
             b'=' => Self::Verbatim(take_text(bytes)?),
             b':' => Self::Integer(i64::from_le_bytes(take_chunk(bytes)?)),
             b',' => Self::Double(f64::from_le_bytes(take_chunk(bytes)?)),
+            b'P' => Self::Protocol(take_chunk::<1>(bytes)?[0]),
             b'#' => Self::Boolean(take_chunk::<1>(bytes)? != [0]),
             b'*' => Self::Array(u32::from_le_bytes(take_chunk(bytes)?) as usize),
             b'~' => Self::Set(u32::from_le_bytes(take_chunk(bytes)?) as usize),
@@ -150,6 +158,7 @@ impl<'a> Reply<'a> {
             left += match Self::take(bytes)? {
                 Self::Array(count) | Self::Set(count) => count as u64,
                 Self::Map(count) => 2 * count as u64,
+                Self::Protocol(_) => 1,
                 Self::Ok
                 | Self::Simple(_)
                 | Self::Error(_)

@@ -118,6 +118,7 @@ fn write_text(out: &mut String, reply: &mut &[u8]) {
         Reply::Double(value) => write!(out, "(double) {value}").unwrap(),
         Reply::Boolean(value) => write!(out, "({value})").unwrap(),
         Reply::Bulk(text) | Reply::Verbatim(text) => write!(out, "\"{}\"", text.escape_ascii()).unwrap(),
+        Reply::Protocol(_) => write_text(out, reply),
         Reply::Null => out.push_str("(nil)"),
         Reply::NullArray => out.push_str("(nil array)"),
         Reply::Array(count) | Reply::Set(count) => {

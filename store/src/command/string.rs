@@ -279,10 +279,10 @@ pub fn msetnx(context: &mut Context<'_>, args: Args<'_>) -> Result<(), Failure> 
 }
 
 /// Refuses a string above `proto-max-bulk-len`.
-fn check_length(context: &Context<'_>, head: usize, tail: usize) -> Result<(), CommandError> {
+fn check_length(context: &Context<'_>, head: usize, tail: usize) -> Result<(), Failure> {
     match head.checked_add(tail) {
-        Some(total) if total <= context.limits().proto_max_bulk_len => Ok(()),
-        Some(_) | None => Err(error::STRING_TOO_LONG),
+        Some(total) if total <= context.limits().proto_max_bulk_len => context.admit_value(total),
+        Some(_) | None => Err(error::STRING_TOO_LONG.into()),
     }
 }
 

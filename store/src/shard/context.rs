@@ -11,6 +11,7 @@ use std::ops::Range;
 use vasto_proto::batch::Outcome;
 use vasto_proto::command::ReplyWriter;
 use vasto_proto::error::CommandError;
+use vasto_proto::net::LARGE_VALUE_BYTES;
 use vasto_proto::row::{Header, RowKind, Stamp};
 
 /// A row that is alive: its header and its payload.
@@ -61,6 +62,7 @@ pub struct Context<'a> {
     pub(super) answers: &'a mut Vec<u8>,
     pub(super) limits: &'a Limits,
     pub(super) tier: Tier,
+    pub(super) has_large_permit: bool,
     pub(super) now_ns: u64,
     pub(super) now_ms: u64,
     /// This operation's part of `rows.operation_cells`.
@@ -73,6 +75,14 @@ impl<'a> Context<'a> {
     /// Unix time in milliseconds, read once per batch.
     pub fn now_ms(&self) -> u64 {
         self.now_ms
+    }
+
+    /// Refuses to make a value above the large-value threshold without a permit; before anything is written.
+    pub fn admit_value(&self, bytes: usize) -> Result<(), Failure> {
+        if bytes > LARGE_VALUE_BYTES && !self.has_large_permit {
+            return Err(Failure::Refused(Outcome::NeedsLargePermit, String::new()));
+        }
+        Ok(())
     }
 
     pub fn limits(&self) -> &'a Limits {
@@ -164,7 +174,8 @@ impl<'a> Context<'a> {
         let is =
             |place: usize| cells.get(place).is_some_and(|cell| self.rows.cells[*cell as usize].is(key, self.batch));
         let place = [self.hint, self.hint + 1].into_iter().find(|place| is(*place));
-        let place = place.or_else(|| (0..cells.len()).find(|place| is(*place)));
+        // Keys come in order, some of them again: forward first, so that a long list is walked once.
+        let place = place.or_else(|| (self.hint..cells.len()).chain(0..self.hint).find(|place| is(*place)));
         let Some(place) = place else {
             return Err(Failure::Error(CommandError::fixed(
                 "ERR internal error: the command uses a key that it did not name",

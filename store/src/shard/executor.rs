@@ -459,6 +459,7 @@ impl Executor {
                 answers,
                 limits: &core.limits,
                 tier: place.tier(),
+                has_large_permit: operation.head.flags & FLAG_LARGE_PERMIT != 0,
                 now_ns,
                 now_ms: now_ns / 1_000_000,
                 hint: 0,
