@@ -7,11 +7,12 @@ use crate::{Store, StoreHandle};
 use bytes::Bytes;
 use proptest::prelude::*;
 use std::collections::{BTreeMap, HashMap};
-use std::path::Path;
+use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::task::{Poll, Waker};
 use std::time::{Duration, Instant};
-use vasto_proto::batch::{Answers, FLAG_LARGE_PERMIT, OperationHead, Outcome, write_operation};
+use vasto_proto::batch::{Answers, FLAG_AFTER_REFUSAL, FLAG_LARGE_PERMIT, OperationHead, Outcome, write_operation};
 use vasto_proto::command::Reply;
 use vasto_proto::command::table::{Command, StoreCommand, find};
 use vasto_proto::id::{Epoch, KeyspaceId, ShardId, ShardKey};
@@ -268,16 +269,45 @@ proptest! {
     }
 }
 
+/// Copies the folder of a running store as a crash would leave it: again, until no file came, grew or went meanwhile.
 fn copy_folder(from: &Path, to: &Path) {
-    std::fs::create_dir_all(to).unwrap();
-    for entry in std::fs::read_dir(from).unwrap() {
-        let entry = entry.unwrap();
-        if entry.file_type().unwrap().is_dir() {
-            copy_folder(&entry.path(), &to.join(entry.file_name()));
-        } else if entry.file_name() != "LOCK" {
-            std::fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
+    for _ in 0..1000 {
+        let before = listing(from);
+        let copied = try_copy(from, to);
+        if copied.is_ok() && before.is_ok_and(|before| listing(from).is_ok_and(|after| after == before)) {
+            return;
+        }
+        std::fs::remove_dir_all(to).unwrap();
+    }
+    panic!("the folder never stood still");
+}
+
+/// Every file below with its length, sorted; an error if one went while it was looked at.
+fn listing(folder: &Path) -> io::Result<Vec<(PathBuf, u64)>> {
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(folder)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            files.extend(listing(&entry.path())?);
+        } else {
+            files.push((entry.path(), entry.metadata()?.len()));
         }
     }
+    files.sort();
+    Ok(files)
+}
+
+fn try_copy(from: &Path, to: &Path) -> io::Result<()> {
+    std::fs::create_dir_all(to)?;
+    for entry in std::fs::read_dir(from)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            try_copy(&entry.path(), &to.join(entry.file_name()))?;
+        } else if entry.file_name() != "LOCK" {
+            std::fs::copy(entry.path(), to.join(entry.file_name()))?;
+        }
+    }
+    Ok(())
 }
 
 fn shard(handle: &StoreHandle) -> Arc<super::Shard> {
@@ -404,22 +434,43 @@ fn what_may_not_run_is_refused_with_its_reason() {
     let mut client = Client::new(&handle);
     let large = vec![b'x'; LARGE_VALUE_BYTES + 1];
     client.add_with(1, &[b"set", b"k", &large], 0, Epoch(1));
-    client.add_with(1, &[b"get", b"k"], 0, Epoch(2));
+    client.add_with(2, &[b"get", b"k"], 0, Epoch(2));
     let (answers, _) = client.send();
     assert_eq!(answers[0], (Outcome::NeedsLargePermit, String::new()));
     assert_eq!(answers[1], (Outcome::WrongEpoch, "shard 0/0 is at epoch 1, not 2".into()));
-    client.add_with(1, &[b"set", b"k", &large], FLAG_LARGE_PERMIT, Epoch(1));
-    client.add_with(1, &[b"get", b"k"], 0, Epoch(1));
+    client.add_with(1, &[b"set", b"k", &large], FLAG_LARGE_PERMIT | FLAG_AFTER_REFUSAL, Epoch(1));
     client.add_with(1, &[b"strlen", b"k"], FLAG_LARGE_PERMIT, Epoch(1));
+    client.add_with(1, &[b"get", b"k"], 0, Epoch(1));
     let (answers, late) = client.send();
     assert_eq!(answers[0].1, "OK");
-    assert_eq!(answers[1], (Outcome::NeedsLargePermit, String::new()));
-    assert_eq!(answers[2].1, large.len().to_string());
+    assert_eq!(answers[1].1, large.len().to_string());
+    assert_eq!(answers[2], (Outcome::NeedsLargePermit, String::new()));
     assert_eq!(late, 3);
     handle.close();
     client.add(1, &[b"get", b"k"]);
     let (answers, _) = client.send();
     assert_eq!(answers[0].0, Outcome::NotServing);
+}
+
+/// `SET k 2` was under way behind a `SET k 1` that was refused: it must not overtake it.
+#[test]
+fn what_is_behind_a_refusal_is_refused_until_the_gateway_knows() {
+    let folder = tempfile::tempdir().unwrap();
+    let handle = open(folder.path(), |_| {});
+    let mut client = Client::new(&handle);
+    client.add_with(1, &[b"set", b"k", b"1"], 0, Epoch(2));
+    client.add_with(1, &[b"set", b"k", b"2"], 0, Epoch(1));
+    client.add_with(2, &[b"set", b"other", b"x"], 0, Epoch(1));
+    let (answers, _) = client.send();
+    let outcomes: Vec<Outcome> = answers.iter().map(|answer| answer.0).collect();
+    assert_eq!(outcomes, [Outcome::WrongEpoch, Outcome::NotServing, Outcome::Reply]);
+    client.add_with(1, &[b"set", b"k", b"3"], 0, Epoch(1));
+    assert_eq!(client.send().0[0].0, Outcome::NotServing, "a later batch is behind it as well");
+    client.add_with(1, &[b"set", b"k", b"1"], FLAG_AFTER_REFUSAL, Epoch(1));
+    client.add_with(1, &[b"set", b"k", b"2"], 0, Epoch(1));
+    let (answers, _) = client.send();
+    assert!(answers.iter().all(|answer| answer.0 == Outcome::Reply), "{answers:?}");
+    assert_eq!(client.call(&[b"get", b"k"]), "2");
 }
 
 #[test]
