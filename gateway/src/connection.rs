@@ -32,8 +32,6 @@ use vasto_proto::net::LARGE_VALUE_BYTES;
 pub const READ_BYTES: usize = 64 << 10;
 /// Least room that is made for the rest of a command that came in part.
 const REST_BYTES_MIN: usize = 16 << 10;
-/// A connection with more replies than this waiting to be read by its client runs no further command.
-const OUTPUT_BYTES_PAUSE: usize = 1 << 20;
 /// Replies that a connection may be owed at once is this divided by what its replies weigh on average …
 const WINDOW_BYTES: usize = 4 << 20;
 /// … and at least 1, at most this, and so many before the first reply tells what they weigh.
@@ -118,6 +116,8 @@ pub struct State {
     input_changed: Instant,
     output: Vec<u8>,
     output_at: usize,
+    /// With more replies than this waiting for its client the connection runs no further command; the setting, looked up once a second.
+    output_bytes_max: usize,
     /// Set while the socket takes nothing more.
     output_blocked: Option<Instant>,
     pub ring: VecDeque<Pending>,
@@ -149,7 +149,7 @@ impl State {
             && !self.is_waiting_for_permit
             && self.refused.is_empty()
             && self.ring.len() < self.window
-            && self.output.len() - self.output_at < OUTPUT_BYTES_PAUSE
+            && self.output.len() - self.output_at < self.output_bytes_max
     }
 
     pub fn next_sequence(&self) -> u64 {
@@ -195,6 +195,7 @@ impl Connection {
             input_changed: Instant::now(),
             output: Vec::new(),
             output_at: 0,
+            output_bytes_max: worker.shared().settings.output_buffer_limit(),
             output_blocked: None,
             ring: VecDeque::new(),
             first_sequence: 0,
@@ -844,6 +845,7 @@ impl Connection {
         let state = &mut *self.state.borrow_mut();
         let settings = &self.shared().settings;
         let now = self.worker.now();
+        state.output_bytes_max = settings.output_buffer_limit();
         let client = &state.session.client;
         client.set_query_bytes(state.input.len());
         client.set_output_bytes(state.output.len() - state.output_at);
