@@ -536,13 +536,13 @@ impl Settings {
 }
 
 fn unknown(name: &[u8]) -> CommandError {
-    let name = String::from_utf8_lossy(name);
+    let name = error::printed(name);
     let text = format!("ERR Unknown option or number of arguments for CONFIG SET - '{name}'");
     error::single_line(&text).into_owned().into()
 }
 
 fn refused(name: &[u8], reason: &str) -> CommandError {
-    let name = String::from_utf8_lossy(name);
+    let name = error::printed(name);
     let text = format!("ERR CONFIG SET failed (possibly related to argument '{name}') - {reason}");
     error::single_line(&text).into_owned().into()
 }

@@ -74,6 +74,11 @@ pub const STORE_UNREACHABLE: CommandError =
 pub const NO_KEYSPACE: CommandError =
     CommandError::fixed("CLUSTERDOWN this keyspace is not served yet; nothing was executed");
 
+/// What a client sent as Redis quotes it in an error text, by C's `%s`: up to the first NUL. Bytes that are no UTF-8 become U+FFFD.
+pub fn printed(word: &[u8]) -> Cow<'_, str> {
+    String::from_utf8_lossy(&word[..memchr::memchr(0, word).unwrap_or(word.len())])
+}
+
 /// Replaces what would break a line of RESP, as Redis does in error texts.
 pub fn single_line(text: &str) -> Cow<'_, str> {
     if text.contains(['\r', '\n']) { Cow::Owned(text.replace(['\r', '\n'], " ")) } else { Cow::Borrowed(text) }

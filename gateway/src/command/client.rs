@@ -30,7 +30,7 @@ pub fn timeout_ms(text: &[u8]) -> Result<u64, CommandError> {
 }
 
 fn quoted(before: &str, bytes: &[u8]) -> CommandError {
-    let text = format!("{before} '{}'", String::from_utf8_lossy(bytes));
+    let text = format!("{before} '{}'", error::printed(bytes));
     error::single_line(&text).into_owned().into()
 }
 
@@ -197,7 +197,7 @@ pub fn setinfo(context: &mut Context<'_>, mut args: Args<'_>) -> Result<Next, Co
         return Err(quoted("ERR Unrecognized option", option));
     }
     if !is_one_word(value) {
-        let option = String::from_utf8_lossy(option);
+        let option = error::printed(option);
         return Err(format!("ERR {option} cannot contain spaces, newlines or special characters.").into());
     }
     let value = value.to_vec();

@@ -48,8 +48,7 @@ pub fn hello(context: &mut Context<'_>, mut args: Args<'_>) -> Result<Next, Comm
             let name = client::valid_name(args.bytes()?)?;
             context.session.client.change_names(|names| names.name = name.to_vec());
         } else {
-            let printed = option.split(|byte| *byte == 0).next().unwrap_or_default();
-            let text = format!("ERR Syntax error in HELLO option '{}'", String::from_utf8_lossy(printed));
+            let text = format!("ERR Syntax error in HELLO option '{}'", error::printed(option));
             return Err(error::single_line(&text).into_owned().into());
         }
     }

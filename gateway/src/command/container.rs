@@ -9,7 +9,7 @@ const SHOWN_BYTES_MAX: usize = 128;
 
 /// The container has no such subcommand.
 pub fn unknown_subcommand(container: &str, word: &[u8]) -> CommandError {
-    let word = String::from_utf8_lossy(&word[..word.len().min(SHOWN_BYTES_MAX)]);
+    let word = error::printed(&word[..word.len().min(SHOWN_BYTES_MAX)]);
     let text = format!("ERR unknown subcommand '{word}'. Try {} HELP.", container.to_uppercase());
     error::single_line(&text).into_owned().into()
 }

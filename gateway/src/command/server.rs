@@ -57,7 +57,7 @@ pub fn lolwut(context: &mut Context<'_>, mut args: Args<'_>) -> Result<Next, Com
 pub fn debug(context: &mut Context<'_>, mut args: Args<'_>) -> Result<Next, CommandError> {
     let subcommand = args.bytes()?;
     if !subcommand.eq_ignore_ascii_case(b"sleep") || args.len() != 1 {
-        let subcommand = String::from_utf8_lossy(&subcommand[..subcommand.len().min(QUOTED_BYTES_MAX)]);
+        let subcommand = error::printed(&subcommand[..subcommand.len().min(QUOTED_BYTES_MAX)]);
         let text = format!("ERR unknown subcommand or wrong number of arguments for '{subcommand}'. Try DEBUG HELP.");
         return Err(text.into());
     }
