@@ -2,13 +2,17 @@
 //!
 //! A batch of operations is a sequence of (all integers little endian)
 //!
-//!     u32 length of what follows    u32 operation id      u32 connection     u32 keyspace
-//!     u16 shard                     u16 command           u64 shard epoch    u32 flags
-//!     u32 argument count, then per argument: u32 length, bytes           (the command's own name is not among them)
+//! ```text
+//! u32 length of what follows    u32 operation id      u32 connection     u32 keyspace
+//! u16 shard                     u16 command           u64 shard epoch    u32 flags
+//! u32 argument count, then per argument: u32 length, bytes           (the command's own name is not among them)
+//! ```
 //!
 //! and a batch of answers a sequence of
 //!
-//!     u32 length of what follows    u32 operation id      u8 outcome         body
+//! ```text
+//! u32 length of what follows    u32 operation id      u8 outcome         body
+//! ```
 //!
 //! Decoding copies nothing: views are slices of the message.
 

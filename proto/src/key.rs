@@ -1,7 +1,9 @@
 //! How keys lie on disk: the slot first, so that one slot is one contiguous range.
 //!
-//!     column family keys       [slot u16 BE][user key]
-//!     column family elements   [slot u16 BE][length of user key u32 BE][user key][version 20 bytes][element key]
+//! ```text
+//! column family keys       [slot u16 BE][user key]
+//! column family elements   [slot u16 BE][length of user key u32 BE][user key][version 20 bytes][element key]
+//! ```
 
 use crate::row::Stamp;
 use crate::slot::slot_of;

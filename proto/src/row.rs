@@ -1,11 +1,13 @@
 //! Rows as they lie in the column family `keys`: a header, then the value of a string or the summary of a collection.
 //!
-//!     byte 0        kind
-//!     byte 1        flags: 1 = expires, 2 = was changed in place
-//!     bytes 2..22   stamp (ns u64 BE, origin u32 BE, sequence u64 BE)
-//!     8 bytes       expires_at_ms u64 BE, only with the flag
-//!     20 bytes      version, collections only
-//!     rest          payload
+//! ```text
+//! byte 0        kind
+//! byte 1        flags: 1 = expires, 2 = was changed in place
+//! bytes 2..22   stamp (ns u64 BE, origin u32 BE, sequence u64 BE)
+//! 8 bytes       expires_at_ms u64 BE, only with the flag
+//! 20 bytes      version, collections only
+//! rest          payload
+//! ```
 
 use thiserror::Error;
 

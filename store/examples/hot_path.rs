@@ -1,6 +1,8 @@
 //! What one operation costs inside the store: SET and GET straight through a session, without network.
 //!
-//!     cargo run --release -p vasto-store --example hot_path [KEYS] [VALUE_BYTES] [OPERATIONS] [ROW_CACHE_MIB]
+//! ```text
+//! cargo run --release -p vasto-store --example hot_path [KEYS] [VALUE_BYTES] [OPERATIONS] [ROW_CACHE_MIB]
+//! ```
 
 use bytes::Bytes;
 use std::io::Write;

@@ -1,8 +1,10 @@
 //! SCAN cursors: 53-bit numbers that say where a walk in slot order stands, whoever continues it.
 //!
-//!     bits 39..53  slot
-//!     bit  38      order within the slot: 0 = as the keys lie, 1 = by hash
-//!     bits 0..38   hash of the last key visited; 0 = the start of the slot
+//! ```text
+//! bits 39..53  slot
+//! bit  38      order within the slot: 0 = as the keys lie, 1 = by hash
+//! bits 0..38   hash of the last key visited; 0 = the start of the slot
+//! ```
 //!
 //! 53 bits, since some clients keep numbers as doubles. Slots change with no topology, hashes with no store.
 
