@@ -382,12 +382,6 @@ impl Settings {
         self.texts.write()[find(b"port").expect("a row")] = port.to_string();
     }
 
-    /// Lowers the limit at start if the operating system gives fewer descriptors.
-    pub fn set_maxclients(&self, maxclients: usize) {
-        self.texts.write()[find(b"maxclients").expect("a row")] = maxclients.to_string();
-        self.maxclients.store(maxclients, Ordering::Relaxed);
-    }
-
     pub fn maxclients(&self) -> usize {
         self.maxclients.load(Ordering::Relaxed)
     }

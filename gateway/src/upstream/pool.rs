@@ -216,7 +216,7 @@ impl Link {
                     () = &mut next_attempt => break,
                     () = self.work.notified() => {}
                 }
-                // Nobody waits for a store that has been given up.
+                // Refused at once, so that the connection decides: it tries again within the deadline, or answers.
                 self.lost(&error);
             }
             pause = (pause * 2).min(RECONNECT_PAUSE_MAX);
