@@ -1,6 +1,6 @@
 //! A store behind its socket: streams, pieces, shutdown.
 
-use crate::{Bound, Config, RunError, Store, StoreHandle};
+use crate::{Config, RunError, Store, StoreHandle};
 use futures_util::StreamExt;
 use std::path::Path;
 use std::time::Duration;
@@ -25,10 +25,18 @@ fn store(data: &Path) -> Store {
     store
 }
 
-fn run(bound: Bound, shutdown: &CancellationToken) -> JoinSet<Result<(), RunError>> {
+type Running = JoinSet<Result<(), RunError>>;
+
+/// A store that serves until the token is cancelled.
+async fn serve(data: &Path) -> (StoreHandle, String, CancellationToken, Running) {
+    let store = store(data);
+    let handle = store.handle();
+    let bound = store.bind().await.unwrap();
+    let address = bound.address().to_string();
+    let shutdown = CancellationToken::new();
     let mut running = JoinSet::new();
     running.spawn(bound.run(shutdown.clone()));
-    running
+    (handle, address, shutdown, running)
 }
 
 async fn connect(handle: &StoreHandle, address: &str) -> Result<(mpsc::Sender<Frame>, Streaming<Frame>), Status> {
@@ -70,12 +78,7 @@ fn bulk<'a>(answer: &Answer<'a>) -> &'a [u8] {
 #[tokio::test]
 async fn large_batches_travel_in_pieces_and_small_ones_overtake_them() {
     let folder = tempfile::tempdir().unwrap();
-    let store = store(folder.path());
-    let handle = store.handle();
-    let bound = store.bind().await.unwrap();
-    let address = bound.address().to_string();
-    let shutdown = CancellationToken::new();
-    let running = run(bound, &shutdown);
+    let (handle, address, shutdown, running) = serve(folder.path()).await;
     let (sender, mut answers) = connect(&handle, &address).await.unwrap();
 
     let value: Vec<u8> = (0..3 * FRAME_BYTES_MAX + 5).map(|index| index as u8).collect();
@@ -127,12 +130,7 @@ async fn large_batches_travel_in_pieces_and_small_ones_overtake_them() {
 #[tokio::test]
 async fn strangers_and_nonsense_are_turned_away() {
     let folder = tempfile::tempdir().unwrap();
-    let store = store(folder.path());
-    let handle = store.handle();
-    let bound = store.bind().await.unwrap();
-    let address = bound.address().to_string();
-    let shutdown = CancellationToken::new();
-    let running = run(bound, &shutdown);
+    let (handle, address, shutdown, running) = serve(folder.path()).await;
 
     let (sender, mut answers) = connect(&handle, &address).await.unwrap();
     sender.send(whole(b"nonsense".to_vec())).await.unwrap();
