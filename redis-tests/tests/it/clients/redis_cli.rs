@@ -120,3 +120,38 @@ fn a_load_by_pipe_reports_errors() {
     let report = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(report.contains("errors: 1, replies: 2"), "{report}");
 }
+
+/// The commands of the session that README.md shows, each with the lines printed below it: none where the page leaves them out.
+fn readme_session() -> Vec<(&'static str, Vec<&'static str>)> {
+    let readme = include_str!("../../../../README.md");
+    let mut session: Vec<(&str, Vec<&str>)> = Vec::new();
+    let mut is_inside = false;
+    for line in readme.lines() {
+        if let Some(command) = line.strip_prefix("    127.0.0.1:6379> ") {
+            is_inside = true;
+            session.push((command, Vec::new()));
+        } else if let (true, Some(printed), Some((_, lines))) =
+            (is_inside, line.strip_prefix("    "), session.last_mut())
+        {
+            lines.push(printed);
+        } else {
+            is_inside = false;
+        }
+    }
+    session
+}
+
+#[test]
+fn the_session_in_the_readme_goes_as_it_is_shown() {
+    let server = Server::start();
+    let session = readme_session();
+    assert!(session.len() >= 5, "README.md shows {} commands: has its layout changed?", session.len());
+    for (command, lines) in session {
+        let arguments: Vec<&str> = ["--no-raw"].into_iter().chain(command.split(' ')).collect();
+        let printed = text(&server.address(), &arguments);
+        assert!(!printed.starts_with("(error)"), "{command}: {printed}");
+        if !lines.is_empty() {
+            assert_eq!(printed.lines().collect::<Vec<_>>(), lines, "{command}");
+        }
+    }
+}
