@@ -25,7 +25,7 @@ use tokio::sync::OwnedSemaphorePermit;
 use vasto_proto::batch::{FLAG_AFTER_REFUSAL, FLAG_LARGE_PERMIT, Outcome};
 use vasto_proto::command::ReplyWriter;
 use vasto_proto::command::table::Command;
-use vasto_proto::error;
+use vasto_proto::error::{self, CommandError};
 use vasto_proto::net::LARGE_VALUE_BYTES;
 
 /// Bytes read at once into a buffer that all connections of a worker share: an idle connection keeps none.
@@ -508,9 +508,9 @@ impl Connection {
     }
 
     /// Whether the request was executed is not known.
-    pub fn unknown(self: &Rc<Self>, request: &Request) {
+    pub fn unknown(self: &Rc<Self>, request: &Request, error: &CommandError) {
         let mut packed = Vec::new();
-        ReplyWriter::new(&mut packed).error(error::UNKNOWN_OUTCOME.text());
+        ReplyWriter::new(&mut packed).error(error.text());
         self.answered(request, &packed, &[]);
     }
 
@@ -576,9 +576,9 @@ impl Connection {
                 }
                 Some(_) | None => {
                     let text = if operation.text.is_empty() {
-                        error::STORE_UNREACHABLE.text().to_owned()
+                        error::SHARD_UNREACHABLE.text().to_owned()
                     } else {
-                        format!("{} ({})", error::STORE_UNREACHABLE.text(), operation.text)
+                        format!("{} ({})", error::SHARD_UNREACHABLE.text(), operation.text)
                     };
                     let mut packed = Vec::new();
                     ReplyWriter::new(&mut packed).error(&text);

@@ -1,5 +1,6 @@
 //! The one table of error texts that clients see: Redis's own, byte for byte, and ours.
 
+use crate::id::ShardKey;
 use std::borrow::Cow;
 use std::fmt;
 
@@ -67,12 +68,22 @@ pub const CROSS_SHARD: CommandError = CommandError::fixed(
 pub const UNKNOWN_OUTCOME: CommandError = CommandError::fixed(
     "UNKNOWN the connection to the store was lost after the command was sent: it may or may not have been executed",
 );
-/// Nothing was executed: the store of a shard could not be reached within the deadline.
-pub const STORE_UNREACHABLE: CommandError =
-    CommandError::fixed("CLUSTERDOWN the store of this key cannot be reached; nothing was executed");
+/// Nothing was executed: a shard could not be reached, or did not serve, within the deadline. The reason follows in parentheses.
+pub const SHARD_UNREACHABLE: CommandError =
+    CommandError::fixed("CLUSTERDOWN the shard of this key cannot be reached; nothing was executed");
 /// Nothing was executed: the gateway has no topology, or none with this keyspace.
 pub const NO_KEYSPACE: CommandError =
     CommandError::fixed("CLUSTERDOWN this keyspace is not served yet; nothing was executed");
+
+/// The store cannot say whether the command was executed: its disk failed meanwhile.
+pub fn unknown_outcome(reason: &str) -> CommandError {
+    format!("UNKNOWN the command may or may not have been executed: {}", single_line(reason)).into()
+}
+
+/// Nothing was executed: the shard takes no writes. As Redis says it of its AOF.
+pub fn writes_refused(shard: ShardKey, reason: &str) -> CommandError {
+    format!("MISCONF Errors writing to shard {shard}: {}; nothing was executed", single_line(reason)).into()
+}
 
 /// What a client sent as Redis quotes it in an error text, by C's `%s`: up to the first NUL. Bytes that are no UTF-8 become U+FFFD.
 pub fn printed(word: &[u8]) -> Cow<'_, str> {

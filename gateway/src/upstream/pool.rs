@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 use tracing::{info, warn};
 use vasto_proto::batch::{Answers, OPERATION_HEAD_BYTES, OperationHead, Outcome, write_operation};
+use vasto_proto::error;
 use vasto_proto::id::{Epoch, ShardKey, StoreId};
 use vasto_proto::net::BATCH_BYTES_TARGET;
 
@@ -280,7 +281,10 @@ impl Link {
             }
             match answer.outcome {
                 Outcome::Reply => connection.answered(&request, answer.body, &operation),
-                Outcome::Unknown => connection.unknown(&request),
+                Outcome::Unknown => {
+                    let reason = String::from_utf8_lossy(answer.body);
+                    connection.unknown(&request, &error::unknown_outcome(&reason));
+                }
                 Outcome::NotHere | Outcome::WrongEpoch | Outcome::NotServing | Outcome::NeedsLargePermit => {
                     let text = String::from_utf8_lossy(answer.body).into_owned();
                     connection.refused(Refused { request, outcome: answer.outcome, text, operation });
@@ -338,7 +342,7 @@ impl Link {
             let index = (batch - first_serial) as usize;
             let was_sent = index < sent.len();
             if was_sent && !request.is_read {
-                connection.unknown(&request);
+                connection.unknown(&request, &error::UNKNOWN_OUTCOME);
             } else {
                 let packed = if was_sent { &sent[index] } else { &waiting[index - sent.len()] };
                 let operation = packed.slice(offset as usize..(offset + bytes) as usize);
