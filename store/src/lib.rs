@@ -9,6 +9,7 @@ mod engine;
 mod metrics;
 mod node;
 pub mod registration;
+mod reopening;
 mod rpc;
 mod shard;
 

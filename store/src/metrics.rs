@@ -69,7 +69,10 @@ impl Counters {
         gauge!("vasto_store_memtable_bytes").set(core.engine.memtable_bytes() as f64);
         let map = core.shards.current();
         let (mut files, mut pending, mut stopped, mut slowed) = (0, 0, 0, 0);
+        let (mut read_only, mut not_open) = (0, map.failed().count());
         for shard in map.serving() {
+            read_only += usize::from(shard.is_read_only());
+            not_open += usize::from(shard.is_failed());
             files += shard.database.disk_bytes();
             pending += shard.database.pending_compaction_bytes();
             stopped += shard.database.is_write_stopped();
@@ -77,6 +80,8 @@ impl Counters {
         }
         gauge!("vasto_store_file_bytes").set(files as f64);
         gauge!("vasto_store_pending_compaction_bytes").set(pending as f64);
+        gauge!("vasto_store_shards_read_only").set(read_only as f64);
+        gauge!("vasto_store_shards_failed").set(not_open as f64);
         gauge!("vasto_store_shards_stopped").set(stopped as f64);
         gauge!("vasto_store_shards_slowed").set(slowed as f64);
     }

@@ -1,11 +1,10 @@
 //! A store's life: its data folder (lock, identity, records), its shards and threads, from open to close.
 
 use crate::config::{Config, Limits};
-use crate::engine::garbage::Rules;
 use crate::engine::{Engine, EngineError};
+use crate::reopening::{Opener, Reopening};
 use crate::rpc;
-use crate::shard::Shard;
-use crate::shard::durability::SyncBell;
+use crate::shard::durability::{SYNC_THREADS, SyncBell};
 use crate::shard::executor::Core;
 use crate::shard::lane::LanePool;
 use crate::shard::map::{Entry, Shards};
@@ -25,7 +24,6 @@ use thiserror::Error;
 use tokio_util::sync::CancellationToken;
 use vasto_proto::id::{ClusterId, KeyspaceId, ShardKey, StoreId};
 use vasto_proto::pb;
-use vasto_proto::slot::SlotTable;
 use vasto_proto::topology::KeyspaceRecord;
 
 /// The layout of the data folder that this code reads and writes.
@@ -98,15 +96,19 @@ pub struct StoreHandle {
     node: Arc<Node>,
 }
 
+/// The newest record of each keyspace.
+pub type Records = Mutex<BTreeMap<KeyspaceId, KeyspaceRecord>>;
+
 /// What a store consists of.
 struct Node {
     id: StoreId,
     config: Config,
     core: Arc<Core>,
+    opener: Opener,
     cluster: Mutex<ClusterId>,
-    records: Mutex<BTreeMap<KeyspaceId, KeyspaceRecord>>,
+    records: Arc<Records>,
     threads: Mutex<Vec<JoinHandle<()>>>,
-    closed: AtomicBool,
+    closed: Arc<AtomicBool>,
     /// Held while the store lives, so that no second process opens the folder.
     _lock: File,
 }
@@ -132,15 +134,18 @@ impl Store {
             shards: Shards::default(),
             pool: LanePool::default(),
             sync_bell: SyncBell::default(),
+            alarm: Arc::default(),
             counters: Default::default(),
         });
+        let opener = Opener::new(identity.store, &config, &core);
         let node = Node {
             id: identity.store,
             core,
+            opener,
             cluster: Mutex::new(identity.cluster),
-            records: Mutex::new(records),
+            records: Arc::new(Mutex::new(records)),
             threads: Mutex::default(),
-            closed: AtomicBool::new(false),
+            closed: Arc::default(),
             config,
             _lock: lock,
         };
@@ -272,7 +277,14 @@ impl Node {
     fn start_threads(&self) -> io::Result<()> {
         let mut threads = self.threads.lock();
         let core = Arc::clone(&self.core);
-        threads.push(std::thread::Builder::new().name("store-sync".into()).spawn(move || SyncBell::run(&core))?);
+        let reopening = Reopening::new(self.opener.clone(), &self.records, &self.closed);
+        let thread = std::thread::Builder::new().name("store-reopening".into());
+        threads.push(thread.spawn(move || reopening.run())?);
+        for number in 0..SYNC_THREADS {
+            let core = Arc::clone(&core);
+            let thread = std::thread::Builder::new().name(format!("store-sync-{number}"));
+            threads.push(thread.spawn(move || SyncBell::run(&core))?);
+        }
         for number in 0..self.config.lane_threads.max(1) {
             let core = Arc::clone(&self.core);
             let thread = std::thread::Builder::new().name(format!("store-lane-{number}"));
@@ -285,15 +297,19 @@ impl Node {
         if self.closed.swap(true, Ordering::AcqRel) {
             return;
         }
-        // No record is accepted from here on: whoever holds the lock now finishes first.
-        let _records = self.records.lock();
         let shards = &self.core.shards;
-        let map = shards.current();
-        for key in map.keys() {
-            shards.set(key, Some(Entry::Failed("the store is stopping".to_owned())));
-        }
+        let map = {
+            // No record is accepted and no shard opened from here on: whoever holds the lock now finishes first.
+            let _records = self.records.lock();
+            let map = shards.current();
+            for key in map.keys() {
+                shards.set(key, Some(Entry::Failed("the store is stopping".to_owned())));
+            }
+            map
+        };
         self.core.pool.stop();
         self.core.sync_bell.stop();
+        self.core.alarm.stop();
         for thread in self.threads.lock().drain(..) {
             let name = thread.thread().name().unwrap_or_default().to_owned();
             if thread.join().is_err() {
@@ -303,6 +319,11 @@ impl Node {
         for shard in map.serving() {
             // Releases the answers that wait for it.
             shard.sync();
+            if shard.is_read_only() || shard.is_failed() {
+                let error = shard.trouble().unwrap_or_default();
+                tracing::error!(shard = %shard.key, error, "cannot write out the shard; its log is read at the next start");
+                continue;
+            }
             if let Err(error) = shard.database.flush().and_then(|()| shard.database.sync_log()) {
                 tracing::error!(shard = %shard.key, %error, "cannot write out the shard; its log is read at the next start");
             }
@@ -323,8 +344,14 @@ impl Node {
             None => false,
         };
         if !is_known {
-            save_record(&self.config.data, &record)
-                .map_err(|source| PutRecordError::Persist { keyspace: record.id, source })?;
+            let persist = |source| PutRecordError::Persist { keyspace: record.id, source };
+            let is_own = |own: &KeyspaceRecord, shard| own.shards_of(self.id).any(|(known, _)| known == shard);
+            for (shard, _) in record.shards_of(self.id) {
+                if !records.get(&record.id).is_some_and(|own| is_own(own, shard)) {
+                    self.opener.make_folder(ShardKey { keyspace: record.id, shard }).map_err(persist)?;
+                }
+            }
+            save_record(&self.config.data, &record).map_err(persist)?;
             records.insert(record.id, record.clone());
         }
         self.open_shards(&record)
@@ -333,8 +360,6 @@ impl Node {
     /// Makes the shards served here those of the record; returns the first failure, having tried all.
     fn open_shards(&self, record: &KeyspaceRecord) -> Result<(), PutRecordError> {
         let shards = &self.core.shards;
-        let table = SlotTable::new(record.shard_count());
-        let is_only_copy = record.copies == 1;
         let mut result = Ok(());
         let own: Vec<_> = record.shards_of(self.id).collect();
         for key in shards.current().keys() {
@@ -344,26 +369,20 @@ impl Node {
         }
         for (shard, described) in own {
             let key = ShardKey { keyspace: record.id, shard };
-            if let Some(Entry::Serving(open)) = shards.current().entry(key) {
-                open.database.garbage().set_is_only_copy(is_only_copy);
-                open.set_epoch(described.epoch);
-                continue;
-            }
-            shards.set(key, Some(Entry::Opening));
-            let path = self.config.data.join("shards").join(format!("{}-{}", key.keyspace, key.shard));
-            let rules = Rules { grace: self.config.gc_grace, is_only_copy };
-            let opened =
-                self.core.engine.open(&path, rules).and_then(|database| {
-                    Shard::new(key, described.epoch, self.id, &table, database, self.config.fsync)
-                });
-            match opened {
-                Ok(shard) => shards.set(key, Some(Entry::Serving(Arc::new(shard)))),
-                Err(source) => {
-                    shards.set(key, Some(Entry::Failed(source.to_string())));
-                    if result.is_ok() {
-                        result = Err(PutRecordError::OpenShard { shard: key, source });
-                    }
+            let opened = match shards.current().entry(key) {
+                Some(Entry::Serving(open)) => {
+                    open.database.garbage().set_is_only_copy(record.copies == 1);
+                    open.set_epoch(described.epoch);
+                    continue;
                 }
+                // Its old database is still open; the thread that closes it opens it by the newest record.
+                Some(Entry::Closing(reason)) => Err(EngineError::Failed(reason.clone())),
+                Some(Entry::Opening | Entry::Failed(_)) | None => self.opener.open(record, key),
+            };
+            if let Err(source) = opened
+                && result.is_ok()
+            {
+                result = Err(PutRecordError::OpenShard { shard: key, source });
             }
         }
         result

@@ -475,6 +475,7 @@ pub fn stats(context: &mut Context<'_>, args: Args<'_>) -> Result<(), Failure> {
             ("disk_bytes", view.disk_bytes()),
             ("memtable_bytes", view.memtable_bytes()),
             ("block_cache_bytes", view.block_cache_bytes()),
+            ("shards_read_only", u64::from(view.is_read_only())),
         ]
     };
     let mut reply = context.reply();

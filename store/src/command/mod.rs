@@ -92,6 +92,14 @@ pub fn takes_all_keys(command: StoreCommand, args: Args<'_>) -> bool {
     flushes || command == StoreCommand::InternalExec && transaction::takes_all_keys(args)
 }
 
+/// Whether the command may change rows; of a transaction, whether one of its commands may.
+pub fn writes(command: StoreCommand, args: Args<'_>) -> bool {
+    if command == StoreCommand::InternalExec {
+        return transaction::writes(args);
+    }
+    command.spec().flags.contains(Flags::WRITE)
+}
+
 /// Whether the command writes without having read any row, so that nothing need be fetched for it.
 pub fn is_blind(command: StoreCommand, args: Args<'_>) -> bool {
     match command {

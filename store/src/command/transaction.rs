@@ -70,6 +70,10 @@ pub fn needs_lane(args: Args<'_>) -> bool {
     commands(args).any(|(command, args)| super::needs_lane(command, args))
 }
 
+pub fn writes(args: Args<'_>) -> bool {
+    commands(args).any(|(command, args)| super::writes(command, args))
+}
+
 pub fn takes_all_keys(args: Args<'_>) -> bool {
     commands(args).any(|(command, args)| super::takes_all_keys(command, args))
 }

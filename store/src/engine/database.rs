@@ -7,6 +7,10 @@ use rocksdb::{
     Cache, ColumnFamily, ColumnFamilyDescriptor, DB, DBPinnableSlice, DBRawIterator, ErrorKind, ReadOptions, ReadTier,
     WriteBatch, WriteOptions,
 };
+use rustix::fs::FallocateFlags;
+use rustix::io::Errno;
+use std::fs::{self, File};
+use std::io;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -25,12 +29,18 @@ pub struct Database {
     hasty_writes: WriteOptions,
     patient_writes: WriteOptions,
     synced_writes: WriteOptions,
+    probing_writes: WriteOptions,
     block_cache: Cache,
 }
 
 /// Bytes of a WriteBatch's own header and of what surrounds one row in it: capacity to ask for.
 const BATCH_HEAD_BYTES: usize = 12;
 const BATCH_ROW_BYTES: usize = 12;
+
+const LOG_EXTENSION: &str = "log";
+const TABLE_EXTENSION: &str = "sst";
+/// After a full disk RocksDB first writes out what its memtables hold: one that is full and then some.
+const ROOM_BYTES: u64 = 32 << 20;
 
 /// Writes that reach the log together or not at all.
 pub struct Writes<'d> {
@@ -51,6 +61,7 @@ impl Writes<'_> {
 
 impl Database {
     pub fn open(engine: &Engine, path: &Path, rules: Rules) -> Result<Self, EngineError> {
+        check_folder(path)?;
         let garbage = Arc::new(Garbage::new(rules));
         let mut keys_options = engine.keys_options.clone();
         keys_options.set_compaction_filter_factory(Factory(Arc::clone(&garbage)));
@@ -67,6 +78,9 @@ impl Database {
         hasty_writes.set_no_slowdown(true);
         let mut synced_writes = WriteOptions::default();
         synced_writes.set_sync(true);
+        let mut probing_writes = WriteOptions::default();
+        probing_writes.set_sync(true);
+        probing_writes.set_no_slowdown(true);
         let database = Self {
             db,
             garbage,
@@ -76,6 +90,7 @@ impl Database {
             hasty_writes,
             patient_writes: WriteOptions::default(),
             synced_writes,
+            probing_writes,
             block_cache: engine.block_cache.clone(),
         };
         database.check_format()?;
@@ -108,7 +123,7 @@ impl Database {
     pub fn save_dropped(&self) -> Result<(), EngineError> {
         let dropped_ns = self.garbage.dropped_ns();
         if dropped_ns > self.saved_dropped_ns.load(Ordering::Relaxed) {
-            self.put_meta(meta::DROPPED, &dropped_ns.to_be_bytes(), Tier::Disk)?;
+            self.put_meta(meta::DROPPED, &dropped_ns.to_be_bytes(), Tier::Memory)?;
             self.saved_dropped_ns.store(dropped_ns, Ordering::Relaxed);
         }
         Ok(())
@@ -182,9 +197,60 @@ impl Database {
         Ok(self.db.put_cf_opt(self.family(META), name, value, &self.synced_writes)?)
     }
 
+    /// Finds out whether the disk takes writes again: one that is synced and waits for nothing.
+    pub fn probe(&self) -> Result<(), EngineError> {
+        let written = self.db.put_cf_opt(self.family(META), meta::PROBE, [], &self.probing_writes);
+        written.map_err(|error| match error.kind() {
+            ErrorKind::Incomplete => EngineError::Stalled,
+            _ => EngineError::from(error),
+        })
+    }
+
     /// Everything written so far survives a power cut.
     pub fn sync_log(&self) -> Result<(), EngineError> {
         Ok(self.db.flush_wal(true)?)
+    }
+
+    /// As [`Database::sync_log`], through descriptors of our own: RocksDB gives the whole database up when it is asked to sync a log
+    /// of which it could not write the last record, as when the disk is full.
+    pub fn sync_log_files(&self) -> Result<(), EngineError> {
+        let sync = || -> io::Result<()> {
+            for entry in fs::read_dir(self.db.path())? {
+                let path = entry?.path();
+                if path.extension().is_none_or(|extension| extension != LOG_EXTENSION) {
+                    continue;
+                }
+                match File::open(&path) {
+                    Ok(file) => file.sync_data()?,
+                    // A log whose rows have been written out meanwhile.
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                    Err(error) => return Err(error),
+                }
+            }
+            File::open(self.db.path())?.sync_all()
+        };
+        sync()
+            .map_err(|error| EngineError::Disk(format!("cannot sync the log in {}: {error}", self.db.path().display())))
+    }
+
+    /// Whether the disk has room for what RocksDB must write to go on after it was full.
+    pub fn has_room(&self) -> bool {
+        // Asked by taking it: what a quota or the file system keep back is not in any figure.
+        let path = self.db.path().join("room");
+        let Ok(file) = File::create(&path).and_then(|file| fs::remove_file(&path).map(|()| file)) else { return false };
+        match rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, ROOM_BYTES) {
+            Ok(()) => true,
+            Err(Errno::OPNOTSUPP | Errno::NOSYS) => {
+                let disk = rustix::fs::statvfs(self.db.path());
+                disk.is_ok_and(|disk| disk.f_bavail.saturating_mul(disk.f_frsize) >= ROOM_BYTES)
+            }
+            Err(_) => false,
+        }
+    }
+
+    /// Ends flushes and compactions, for good: the database is about to be closed.
+    pub fn stop_background_work(&self) {
+        self.db.cancel_all_background_work(false);
     }
 
     /// Writes the memtables out, so that the next start has no log to read.
@@ -246,6 +312,26 @@ impl Database {
     }
 }
 
+/// Whether the folder holds a database or nothing. RocksDB would make a new one where the folder is missing, and where the file CURRENT
+/// is missing beside others.
+fn check_folder(path: &Path) -> Result<(), EngineError> {
+    let unreadable = |error: io::Error| match error.kind() {
+        io::ErrorKind::NotFound => EngineError::Corrupt(format!("{} is missing", path.display())),
+        _ => EngineError::Disk(format!("cannot read {}: {error}", path.display())),
+    };
+    let current = path.join("CURRENT");
+    let has_current = current.try_exists().map_err(unreadable)?;
+    for entry in fs::read_dir(path).map_err(unreadable)? {
+        let file = entry.map_err(unreadable)?.path();
+        let is_data = |extension| extension == LOG_EXTENSION || extension == TABLE_EXTENSION;
+        if !has_current && file.extension().is_some_and(is_data) {
+            let text = format!("{} is missing though {} is there", current.display(), file.display());
+            return Err(EngineError::Corrupt(text));
+        }
+    }
+    Ok(())
+}
+
 fn read_error(error: rocksdb::Error) -> EngineError {
     match error.kind() {
         ErrorKind::Incomplete => EngineError::NotInMemory,
@@ -277,7 +363,7 @@ impl RawWalk<'_> {
         self.iterator.value()
     }
 
-    pub fn status(&self) -> Result<(), String> {
-        self.iterator.status().map_err(|error| error.into_string())
+    pub fn status(&self) -> Result<(), EngineError> {
+        Ok(self.iterator.status()?)
     }
 }

@@ -1,6 +1,7 @@
 //! The only user of RocksDB: what all shards of a store share, and how one shard's database is opened.
 
 pub mod database;
+pub mod error;
 pub mod garbage;
 pub mod meta;
 
@@ -10,26 +11,8 @@ use rocksdb::{
     DataBlockIndexType, Env, LogLevel, Options, WriteBufferManager,
 };
 use std::path::Path;
-use thiserror::Error;
 
-/// What RocksDB would not do.
-#[derive(Clone, Debug, Error, PartialEq, Eq)]
-pub enum EngineError {
-    /// It would have to read from disk.
-    #[error("not in memory")]
-    NotInMemory,
-    /// It would have to wait for a flush or a compaction; nothing was written.
-    #[error("writes are stalled")]
-    Stalled,
-    #[error("{0}")]
-    Failed(String),
-}
-
-impl From<rocksdb::Error> for EngineError {
-    fn from(error: rocksdb::Error) -> Self {
-        Self::Failed(error.into_string())
-    }
-}
+pub use error::EngineError;
 
 /// Where rows may be looked for, and whether writes may wait.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -142,7 +125,7 @@ impl Engine {
         self.write_buffers.get_usage()
     }
 
-    /// Opens the database of a shard, or makes it.
+    /// Opens the database of a shard; makes it in a folder that is empty.
     pub fn open(&self, path: &Path, rules: garbage::Rules) -> Result<database::Database, EngineError> {
         database::Database::open(self, path, rules)
     }

@@ -226,11 +226,12 @@ impl<'a> Context<'a> {
     fn next_stamp(&mut self) -> Result<Stamp, Failure> {
         let database = &self.shard.database;
         let wanted = self.rows.cells.len() as u64;
-        self.rows.stamps.next(&self.shard.stamps, self.now_ns, wanted, database, self.tier).map_err(|error| match error
-        {
+        let drawn = self.rows.stamps.next(&self.shard.stamps, self.now_ns, wanted, database, self.tier);
+        drawn.map_err(|error| match error {
             EngineError::NotInMemory | EngineError::Stalled => Failure::Diverted,
-            EngineError::Failed(text) => {
-                Failure::Refused(Outcome::NotServing, format!("shard {}: {text}", self.shard.key))
+            EngineError::Full(_) | EngineError::Disk(_) | EngineError::Corrupt(_) | EngineError::Failed(_) => {
+                self.shard.meet(&error);
+                Failure::Refused(Outcome::NotServing, format!("shard {}: {error}", self.shard.key))
             }
         })
     }
@@ -251,5 +252,6 @@ fn not_owned(slot: u16, shard: &Shard) -> Failure {
 }
 
 fn unreadable(shard: &Shard, text: &str) -> Failure {
+    shard.note_unreadable(text);
     Failure::Error(CommandError::from(format!("ERR shard {} cannot read a row: {text}", shard.key)))
 }

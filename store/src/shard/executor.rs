@@ -10,6 +10,7 @@
 //! operations of its connection on this shard follow it there.
 
 use super::Shard;
+use super::alarm::Alarm;
 use super::context::{Context, Failure};
 use super::durability::SyncBell;
 use super::gate::{self, Refusal};
@@ -43,6 +44,7 @@ pub struct Core {
     pub shards: Shards,
     pub pool: LanePool,
     pub sync_bell: SyncBell,
+    pub alarm: Arc<Alarm>,
     pub counters: Counters,
 }
 
@@ -101,6 +103,8 @@ struct Operation {
     /// It changes what is seen of every key.
     takes_all_keys: bool,
     is_blind: bool,
+    /// It may change rows.
+    writes: bool,
     fate: Fate,
 }
 
@@ -208,6 +212,7 @@ impl Executor {
                 needs_lane: false,
                 takes_all_keys: false,
                 is_blind: false,
+                writes: false,
                 fate: Fate::Open,
             });
         }
@@ -241,28 +246,43 @@ impl Executor {
                 ReplyWriter::new(answers).error(&text);
                 end_answer(answers, answer);
                 continue;
-            } else if session.is_refusing(&head) {
-                behind_a_refusal()
+            } else if let Some(reason) = session.refuses(&head) {
+                behind_a_refusal(&reason)
             } else if bytes > LARGE_VALUE_BYTES && !operation.has_large_permit() {
                 (Outcome::NeedsLargePermit, String::new())
             } else {
-                match self.groups.iter().position(|group| group.shard.key == head.target) {
-                    Some(group) if self.groups[group].shard.epoch() == head.epoch => {
-                        let group = &mut self.groups[group];
-                        self.operations[group.last as usize].next = index as u32;
-                        group.last = index as u32;
+                let has_group = |group: &Group| group.shard.key == head.target && group.shard.epoch() == head.epoch;
+                let group = self.groups.iter().position(has_group);
+                let shard = match group {
+                    Some(group) => Ok(&self.groups[group].shard),
+                    None => gate::check(map, &head),
+                };
+                match shard {
+                    // Before any lock: a write that RocksDB lets wait for space may hold it.
+                    Ok(shard) if shard.is_read_only() && command::writes(operation.command, operation.args(batch)) => {
+                        operation.fate = Fate::Answered;
+                        let answer = begin_answer(answers, head.id, Outcome::Reply);
+                        ReplyWriter::new(answers).error(shard.write_refusal().text());
+                        end_answer(answers, answer);
+                        continue;
+                    }
+                    Ok(shard) => {
+                        match group {
+                            Some(group) => {
+                                let group = &mut self.groups[group];
+                                self.operations[group.last as usize].next = index as u32;
+                                group.last = index as u32;
+                            }
+                            None => {
+                                let (first, last) = (index as u32, index as u32);
+                                let shard = Arc::clone(shard);
+                                self.groups.push(Group { shard, first, last });
+                            }
+                        }
                         self.prepare(index, batch, place);
                         continue;
                     }
-                    Some(_) | None => match gate::check(map, &head) {
-                        Ok(shard) => {
-                            let (first, last) = (index as u32, index as u32);
-                            self.groups.push(Group { shard: Arc::clone(shard), first, last });
-                            self.prepare(index, batch, place);
-                            continue;
-                        }
-                        Err(refusal) => refusal,
-                    },
+                    Err(refusal) => refusal,
                 }
             };
             self.operations[index].fate = Fate::Answered;
@@ -276,6 +296,7 @@ impl Executor {
         let args = operation.args(batch);
         operation.is_blind = command::is_blind(operation.command, args);
         operation.takes_all_keys = command::takes_all_keys(operation.command, args);
+        operation.writes = command::writes(operation.command, args);
         let bytes = (operation.end - operation.start) as usize;
         operation.needs_lane =
             place == Place::Worker && (bytes > WORKER_BYTES_MAX || command::needs_lane(operation.command, args));
@@ -321,10 +342,13 @@ impl Executor {
                 answers.truncate(answers_start);
                 self.divert_all(group);
             }
-            Err(EngineError::Failed(text)) => {
-                shard.fail(&text);
+            Err(
+                error
+                @ (EngineError::Full(_) | EngineError::Disk(_) | EngineError::Corrupt(_) | EngineError::Failed(_)),
+            ) => {
+                shard.meet(&error);
                 answers.truncate(answers_start);
-                self.answer_unknown(group, &text, answers);
+                self.answer_unknown(session, group, &format!("shard {}: {error}", shard.key), answers);
             }
         }
     }
@@ -438,9 +462,9 @@ impl Executor {
                 continue;
             }
             // Asked again: an operation before it in this very group may have been refused.
-            if session.is_refusing(&operation.head) {
+            if let Some(reason) = session.refuses(&operation.head) {
                 operation.fate = Fate::Answered;
-                refuse(session, answers, &operation.head, &behind_a_refusal());
+                refuse(session, answers, &operation.head, &behind_a_refusal(&reason));
                 continue;
             }
             if !operation.has_large_permit() && self.rows.has_fetched_above(&cells, LARGE_VALUE_BYTES) {
@@ -573,13 +597,19 @@ impl Executor {
         }
     }
 
-    fn answer_unknown(&mut self, group: &Group, text: &str, answers: &mut Vec<u8>) {
+    /// The group's writes may or may not be in the log. What only reads has seen them, perhaps, and is refused: it will be sent again.
+    fn answer_unknown(&mut self, session: &Shared, group: &Group, text: &str, answers: &mut Vec<u8>) {
         let mut next = group.first;
         while next != END {
             let operation = &self.operations[next as usize];
             next = operation.next;
-            if operation.fate == Fate::Answered {
+            if operation.fate != Fate::Answered {
+                continue;
+            }
+            if operation.writes {
                 write_answer(answers, operation.head.id, Outcome::Unknown, text.as_bytes());
+            } else {
+                refuse(session, answers, &operation.head, &(Outcome::NotServing, text.to_owned()));
             }
         }
     }
@@ -616,10 +646,12 @@ fn borrowed<R: std::ops::Deref<Target = [u8]>>(
 
 /// Answers that nothing was executed, and has what is under way behind it refused as well.
 fn refuse(session: &Shared, answers: &mut Vec<u8>, head: &OperationHead, (outcome, text): &Refusal) {
-    session.start_refusing((head.connection, head.target));
+    session.start_refusing((head.connection, head.target), text);
     write_answer(answers, head.id, *outcome, text.as_bytes());
 }
 
-fn behind_a_refusal() -> Refusal {
-    (Outcome::NotServing, "an earlier command of this connection was refused".to_owned())
+/// The reason of the first refusal is what a client should hear.
+fn behind_a_refusal(reason: &str) -> Refusal {
+    let text = if reason.is_empty() { "an earlier command of this connection was refused" } else { reason };
+    (Outcome::NotServing, text.to_owned())
 }

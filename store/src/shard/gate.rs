@@ -12,7 +12,8 @@ pub type Refusal = (Outcome, String);
 pub fn check<'m>(map: &'m ShardMap, head: &OperationHead) -> Result<&'m Arc<Shard>, Refusal> {
     match map.entry(head.target) {
         Some(Entry::Serving(shard)) if shard.is_failed() => {
-            Err((Outcome::NotServing, format!("shard {} met an error of its disk", head.target)))
+            let reason = shard.trouble().unwrap_or_default();
+            Err((Outcome::NotServing, format!("shard {} met an error and is being closed: {reason}", head.target)))
         }
         Some(Entry::Serving(shard)) if shard.epoch() == head.epoch => Ok(shard),
         Some(Entry::Serving(shard)) => Err((
@@ -20,9 +21,10 @@ pub fn check<'m>(map: &'m ShardMap, head: &OperationHead) -> Result<&'m Arc<Shar
             format!("shard {} is at epoch {}, not {}", head.target, shard.epoch(), head.epoch),
         )),
         Some(Entry::Opening) => Err((Outcome::NotServing, format!("shard {} is being opened", head.target))),
-        Some(Entry::Failed(text)) => {
-            Err((Outcome::NotServing, format!("shard {} cannot be opened: {text}", head.target)))
+        Some(Entry::Closing(text)) => {
+            Err((Outcome::NotServing, format!("shard {} met an error and is being closed: {text}", head.target)))
         }
+        Some(Entry::Failed(text)) => Err((Outcome::NotServing, format!("shard {} is not open: {text}", head.target))),
         None => Err((Outcome::NotHere, format!("shard {} is not on this store", head.target))),
     }
 }

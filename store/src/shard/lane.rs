@@ -120,6 +120,8 @@ impl LanePool {
             };
             match job {
                 Job::Turn(session, lane) => worker.turn(core, &session, lane),
+                // It would only keep the shard from being closed.
+                Job::Compact(shard) if shard.is_failed() => {}
                 Job::Compact(shard) => shard.database.compact(),
             }
         }

@@ -1,10 +1,10 @@
 //! Which shards are here. Readers keep a snapshot and look only whether a newer one exists.
 
 use super::Shard;
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 use std::collections::HashMap;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 use vasto_proto::id::ShardKey;
 
 /// A shard of this store.
@@ -12,6 +12,9 @@ use vasto_proto::id::ShardKey;
 pub enum Entry {
     Opening,
     Serving(Arc<Shard>),
+    /// It met an error; its last users are leaving, then it is opened again.
+    Closing(String),
+    /// It could not be opened; that is tried again.
     Failed(String),
 }
 
@@ -29,7 +32,14 @@ impl ShardMap {
     pub fn serving(&self) -> impl Iterator<Item = &Arc<Shard>> {
         self.entries.values().filter_map(|entry| match entry {
             Entry::Serving(shard) => Some(shard),
-            Entry::Opening | Entry::Failed(_) => None,
+            Entry::Opening | Entry::Closing(_) | Entry::Failed(_) => None,
+        })
+    }
+
+    pub fn failed(&self) -> impl Iterator<Item = ShardKey> {
+        self.entries.iter().filter_map(|(key, entry)| match entry {
+            Entry::Failed(_) => Some(*key),
+            Entry::Opening | Entry::Serving(_) | Entry::Closing(_) => None,
         })
     }
 
@@ -43,6 +53,8 @@ impl ShardMap {
 pub struct Shards {
     current: RwLock<Arc<ShardMap>>,
     version: AtomicU64,
+    /// Copies of readers that may rest for long.
+    lent: Mutex<Vec<Weak<Mutex<MapSnapshot>>>>,
 }
 
 /// A reader's copy.
@@ -63,6 +75,23 @@ impl Shards {
             let current = self.current.read();
             snapshot.map = Arc::clone(&current);
             snapshot.version = self.version.load(Ordering::Acquire);
+        }
+    }
+
+    /// A copy for a reader that may rest between two looks; [`Shards::refresh_lent`] reaches it.
+    pub fn lend(&self) -> Arc<Mutex<MapSnapshot>> {
+        let snapshot = Arc::default();
+        let mut lent = self.lent.lock();
+        lent.retain(|other| other.strong_count() > 0);
+        lent.push(Arc::downgrade(&snapshot));
+        snapshot
+    }
+
+    /// Brings all lent copies up to date, so that none keeps a shard that is no longer here; waits for readers at work.
+    pub fn refresh_lent(&self) {
+        let lent: Vec<_> = self.lent.lock().iter().filter_map(Weak::upgrade).collect();
+        for snapshot in lent {
+            self.refresh(&mut snapshot.lock());
         }
     }
 

@@ -1,9 +1,11 @@
 //! Shards: which are here, who may use them, and how groups of operations run on them.
 
+pub mod alarm;
 pub mod context;
 pub mod durability;
 pub mod executor;
 pub mod gate;
+mod health;
 pub mod lane;
 pub mod map;
 pub mod row_cache;
@@ -18,10 +20,13 @@ pub mod view;
 use crate::config::Fsync;
 use crate::engine::database::Database;
 use crate::engine::{EngineError, meta};
+use alarm::Alarm;
 use durability::Durability;
+use health::Health;
 use parking_lot::Mutex;
 use stamps::Stamps;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use vasto_proto::id::{Epoch, ShardKey, StoreId};
 use vasto_proto::row::Stamp;
 use vasto_proto::slot::{SLOT_COUNT, SlotTable};
@@ -33,8 +38,7 @@ pub struct Shard {
     /// Unique among all shards that this process ever opened: cached rows of an earlier life never match.
     pub instance: u32,
     epoch: AtomicU64,
-    /// An I/O error was met; nothing is served until a probe succeeds.
-    failed: AtomicBool,
+    health: Health,
     pub database: Database,
     pub stamps: Stamps,
     pub durability: Durability,
@@ -55,6 +59,7 @@ impl Shard {
         table: &SlotTable,
         database: Database,
         fsync: Fsync,
+        alarm: &Arc<Alarm>,
     ) -> Result<Self, EngineError> {
         let slots: Box<[u16]> = table.slots(key.shard).collect();
         let mut owned = Box::new([0; SLOT_COUNT as usize / 64]);
@@ -69,7 +74,7 @@ impl Shard {
             key,
             instance: INSTANCES.fetch_add(1, Ordering::Relaxed),
             epoch: AtomicU64::new(epoch.0),
-            failed: AtomicBool::new(false),
+            health: Health::new(Arc::clone(alarm)),
             database,
             stamps,
             durability: Durability::new(fsync),
@@ -85,28 +90,6 @@ impl Shard {
 
     pub fn set_epoch(&self, epoch: Epoch) {
         self.epoch.store(epoch.0, Ordering::Release);
-    }
-
-    pub fn is_failed(&self) -> bool {
-        self.failed.load(Ordering::Acquire)
-    }
-
-    /// Stops serving after an error of the engine.
-    pub fn fail(&self, text: &str) {
-        if !self.failed.swap(true, Ordering::AcqRel) {
-            tracing::error!(shard = %self.key, error = text, "shard stops serving");
-        }
-    }
-
-    /// Tries to write again after a failure; RocksDB recovers from a full disk by itself.
-    pub fn probe(&self) {
-        match self.database.put_meta_synced(meta::PROBE, &[]) {
-            Ok(()) => {
-                self.failed.store(false, Ordering::Release);
-                tracing::info!(shard = %self.key, "shard serves again");
-            }
-            Err(error) => tracing::debug!(shard = %self.key, %error, "shard still fails"),
-        }
     }
 
     pub fn slots(&self) -> &[u16] {

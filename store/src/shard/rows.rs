@@ -194,7 +194,10 @@ impl Rows {
             }
             Ok(None) => State::Absent,
             Err(EngineError::NotInMemory | EngineError::Stalled) => State::NotInMemory,
-            Err(EngineError::Failed(text)) => State::Broken(text.into()),
+            Err(
+                error
+                @ (EngineError::Full(_) | EngineError::Disk(_) | EngineError::Corrupt(_) | EngineError::Failed(_)),
+            ) => State::Broken(error.to_string().into()),
         };
     }
 

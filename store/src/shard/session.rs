@@ -7,7 +7,7 @@ use bytes::Bytes;
 use foldhash::fast::FixedState;
 use futures_util::task::AtomicWaker;
 use parking_lot::Mutex;
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::future::poll_fn;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -42,7 +42,8 @@ pub struct Shared {
 struct Refusing {
     /// How many there are, read without the lock on the hot path.
     count: AtomicUsize,
-    keys: Mutex<HashSet<LaneKey, FixedState>>,
+    /// With the reason of the first refusal.
+    keys: Mutex<HashMap<LaneKey, Arc<str>, FixedState>>,
 }
 
 pub(super) type Lanes = HashMap<LaneKey, Lane, FixedState>;
@@ -60,25 +61,25 @@ impl Shared {
     }
 
     /// An operation of this connection on this shard was refused.
-    pub(super) fn start_refusing(&self, lane: LaneKey) {
+    pub(super) fn start_refusing(&self, lane: LaneKey, reason: &str) {
         let mut keys = self.refusing.keys.lock();
-        keys.insert(lane);
+        keys.entry(lane).or_insert_with(|| Arc::from(reason));
         self.refusing.count.store(keys.len(), Ordering::Release);
     }
 
-    /// Whether an operation must be refused because one before it was; one with the flag ends that.
-    pub(super) fn is_refusing(&self, head: &OperationHead) -> bool {
+    /// Why an operation must be refused because one before it was; one with the flag ends that.
+    pub(super) fn refuses(&self, head: &OperationHead) -> Option<Arc<str>> {
         if self.refusing.count.load(Ordering::Acquire) == 0 {
-            return false;
+            return None;
         }
         let lane = (head.connection, head.target);
         let mut keys = self.refusing.keys.lock();
         if head.flags & FLAG_AFTER_REFUSAL == 0 {
-            return keys.contains(&lane);
+            return keys.get(&lane).cloned();
         }
         keys.remove(&lane);
         self.refusing.count.store(keys.len(), Ordering::Release);
-        false
+        None
     }
 
     /// Counts something that waits and will end in [`Shared::push_late`].
@@ -139,7 +140,8 @@ pub struct Session {
     core: Arc<Core>,
     shared: Arc<Shared>,
     executor: Executor,
-    map: MapSnapshot,
+    /// Lent, so that a gateway that sends nothing does not keep a closed shard open.
+    map: Arc<Mutex<MapSnapshot>>,
 }
 
 /// The side that takes what could not be answered at once.
@@ -154,7 +156,7 @@ pub fn open(core: &Arc<Core>) -> (Session, LateAnswers) {
         core: Arc::clone(core),
         shared: Arc::clone(&shared),
         executor: Executor::default(),
-        map: MapSnapshot::default(),
+        map: core.shards.lend(),
     };
     (session, LateAnswers { core: Arc::clone(core), shared })
 }
@@ -169,8 +171,9 @@ impl Session {
 
     /// As [`Session::execute`]; of a malformed batch nothing is executed.
     pub fn try_execute(&mut self, batch: &Bytes, answers: &mut Vec<u8>) -> Result<(), BatchError> {
-        self.core.shards.refresh(&mut self.map);
-        self.executor.run(&self.core, &self.map.map, &self.shared, batch, Place::Worker, answers)
+        let mut snapshot = self.map.lock();
+        self.core.shards.refresh(&mut snapshot);
+        self.executor.run(&self.core, &snapshot.map, &self.shared, batch, Place::Worker, answers)
     }
 
     /// Waits while too much of this session waits in the blocking lane.

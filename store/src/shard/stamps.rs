@@ -160,7 +160,8 @@ impl Stamps {
         let far = now_ns + AHEAD_NS / 2 > self.bound_ns.load(Ordering::Acquire)
             || next_sequence + AHEAD_SEQUENCES / 2 > self.bound_sequence.load(Ordering::Acquire);
         if far {
-            let mut save = |bound: &[u8]| database.put_meta(meta::STAMPS, bound, Tier::Disk);
+            // What would have to wait is left to the batch that needs it: nothing else may wait here.
+            let mut save = |bound: &[u8]| database.put_meta(meta::STAMPS, bound, Tier::Memory);
             self.raise(now_ns + AHEAD_NS / 2, next_sequence + AHEAD_SEQUENCES / 2, &mut save)?;
         }
         Ok(())

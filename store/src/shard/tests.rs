@@ -3,6 +3,7 @@
 use super::map::Entry;
 use super::session::{LateAnswers, Session};
 use crate::config::{Config, Fsync, MemoryConfig};
+use crate::engine::EngineError;
 use crate::{Store, StoreHandle};
 use bytes::Bytes;
 use proptest::prelude::*;
@@ -556,4 +557,107 @@ fn unknown_commands_and_malformed_batches_harm_nobody() {
     assert!(client.session.try_execute(&Bytes::from(batch), &mut answers).is_err());
     assert!(answers.is_empty());
     assert_eq!(client.call(&[b"get", b"k"]), "null");
+}
+
+/// Sends a command until it is answered, as a gateway does.
+fn call_until_served(client: &mut Client, words: &[&[u8]]) -> String {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    loop {
+        client.add_with(1, words, FLAG_AFTER_REFUSAL, Epoch(1));
+        match client.send().0.remove(0) {
+            (Outcome::Reply, reply) => return reply,
+            (Outcome::NotServing, _) => std::thread::yield_now(),
+            other => panic!("{other:?}"),
+        }
+        assert!(Instant::now() < deadline, "the shard is not served again");
+    }
+}
+
+#[test]
+fn a_failed_shard_is_closed_although_sessions_rest_and_serves_again_with_all_that_it_had() {
+    let folder = tempfile::tempdir().unwrap();
+    let handle = open(folder.path(), |config| config.fsync = Fsync::Always);
+    let mut client = Client::new(&handle);
+    let mut resting = Client::new(&handle);
+    assert_eq!(resting.call(&[b"set", b"k", b"1"]), "OK");
+    for life in 0..3 {
+        let value = life.to_string();
+        assert_eq!(client.call(&[b"set", b"k", value.as_bytes()]), "OK");
+        let before = shard(&handle).instance;
+        shard(&handle).fail("IO error: While fdatasync: a test: Input/output error");
+        assert_eq!(call_until_served(&mut client, &[b"get", b"k"]), value);
+        assert_ne!(shard(&handle).instance, before, "it is the same database");
+    }
+    assert_eq!(resting.call(&[b"get", b"k"]), "2");
+}
+
+#[test]
+fn answers_that_wait_for_a_sync_that_will_not_come_are_unknown() {
+    let folder = tempfile::tempdir().unwrap();
+    let handle = open(folder.path(), |config| config.fsync = Fsync::Always);
+    let mut client = Client::new(&handle);
+    assert_eq!(client.call(&[b"set", b"k", b"1"]), "OK");
+    shard(&handle).durability.end("a test");
+    client.add(1, &[b"set", b"k", b"2"]);
+    assert_eq!(client.send().0, [(Outcome::Unknown, "a test".to_owned())]);
+}
+
+#[test]
+fn a_damaged_shard_refuses_writes_as_errors_and_serves_reads() {
+    let folder = tempfile::tempdir().unwrap();
+    let handle = open(folder.path(), |_| {});
+    let mut client = Client::new(&handle);
+    assert_eq!(client.call(&[b"set", b"k", b"1"]), "OK");
+    shard(&handle).meet(&EngineError::Corrupt("Corruption: bad block in 000012.sst".into()));
+    let [inner_set, inner_get] = [StoreCommand::Set, StoreCommand::Get].map(|command| command.code().to_le_bytes());
+    let (one, two) = (1u32.to_le_bytes(), 2u32.to_le_bytes());
+    for words in [
+        &[b"set".as_slice(), b"k", b"2"] as &[&[u8]],
+        &[b"del", b"k"],
+        &[b"flushall"],
+        &[b"_exec", b"0", &inner_get, &one, b"k", &inner_set, &two, b"k", b"2"],
+    ] {
+        let refusal = client.call(words);
+        assert!(refusal.starts_with("-MISCONF Errors writing to shard 0/0: Corruption: "), "{refusal}");
+        assert!(refusal.contains("000012.sst") && refusal.contains("restore"), "{refusal}");
+    }
+    assert_eq!(client.call(&[b"get", b"k"]), "1");
+    assert_eq!(client.call(&[b"_exec", b"0", &inner_get, &one, b"k"]), "1");
+}
+
+#[test]
+fn a_full_disk_is_probed_until_it_takes_writes_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let handle = open(folder.path(), |_| {});
+    let mut client = Client::new(&handle);
+    assert_eq!(client.call(&[b"set", b"k", b"1"]), "OK");
+    let before = shard(&handle).instance;
+    shard(&handle).meet(&EngineError::Full("IO error: No space left on device: a test".into()));
+    let deadline = Instant::now() + Duration::from_secs(20);
+    let mut replies = vec![String::new()];
+    while replies.last().unwrap() != "OK" {
+        replies.push(client.call(&[b"set", b"k", b"2"]));
+        assert!(Instant::now() < deadline, "writes are still refused");
+    }
+    assert!(replies[1..].iter().all(|reply| reply == "OK" || reply.contains("reads are served")), "{replies:?}");
+    assert_eq!(shard(&handle).instance, before, "it was opened anew without need");
+}
+
+#[test]
+fn a_shard_whose_folder_is_gone_is_refused_until_it_is_back() {
+    let folder = tempfile::tempdir().unwrap();
+    let handle = open(folder.path(), |_| {});
+    assert_eq!(Client::new(&handle).call(&[b"set", b"k", b"1"]), "OK");
+    handle.close();
+    drop(handle);
+    let (shard, away) = (folder.path().join("shards/0-0"), folder.path().join("away"));
+    std::fs::rename(&shard, &away).unwrap();
+    let handle = Store::open(Config { data: folder.path().to_owned(), ..Config::default() }).unwrap().handle();
+    let mut client = Client::new(&handle);
+    client.add(1, &[b"get", b"k"]);
+    let (answers, _) = client.send();
+    assert_eq!(answers[0].0, Outcome::NotServing);
+    assert!(answers[0].1.contains(&format!("{} is missing", shard.display())), "{}", answers[0].1);
+    std::fs::rename(&away, &shard).unwrap();
+    assert_eq!(call_until_served(&mut client, &[b"get", b"k"]), "1");
 }

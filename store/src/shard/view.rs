@@ -38,6 +38,11 @@ impl<'a> ShardView<'a> {
         Walk { shard: self.shard, disk: self.shard.database.walk(), written, next_written: 0 }
     }
 
+    /// Whether writes are refused, since the disk is full or damaged.
+    pub fn is_read_only(&self) -> bool {
+        self.shard.is_read_only()
+    }
+
     /// Rows in `keys`, dead ones included: RocksDB's estimate.
     pub fn estimate_keys(&self) -> u64 {
         self.shard.database.estimate_keys()
@@ -128,10 +133,11 @@ impl Walk<'_> {
 
     /// Whether the walk ended because of an error.
     pub fn status(&self) -> Result<(), Failure> {
-        self.disk.status().map_err(|text| self.unreadable(&text))
+        self.disk.status().map_err(|error| self.unreadable(&error.to_string()))
     }
 
     fn unreadable(&self, text: &str) -> Failure {
+        self.shard.note_unreadable(text);
         Failure::Refused(Outcome::NotServing, format!("shard {} cannot be read: {text}", self.shard.key))
     }
 
