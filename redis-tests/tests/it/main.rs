@@ -5,6 +5,7 @@
 mod clients;
 mod commands;
 mod differential;
+mod faults;
 mod known_differences;
 mod limits;
 mod process;
