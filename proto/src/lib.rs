@@ -6,6 +6,7 @@ pub mod error;
 pub mod id;
 pub mod key;
 pub mod net;
+pub mod rdb;
 pub mod row;
 pub mod slot;
 pub mod topology;

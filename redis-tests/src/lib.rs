@@ -13,6 +13,7 @@ pub mod memory;
 pub mod node;
 pub mod notation;
 pub mod package_corpus;
+pub mod payload;
 pub mod redis_server;
 pub mod resp;
 pub mod script;

@@ -33,7 +33,8 @@ fn categories(spec: &CommandSpec) -> Vec<&'static str> {
     let of_connection = spec.group == "connection" && !container || is_command || spec.name == "wait";
     let of_keyspace = spec.group == "generic" && !container && spec.name != "wait"
         || matches!(spec.name, "dbsize" | "flushdb" | "flushall");
-    let dangerous = has(Flags::ADMIN) || matches!(spec.name, "keys" | "flushdb" | "flushall" | "info");
+    let dangerous =
+        has(Flags::ADMIN) || matches!(spec.name, "keys" | "flushdb" | "flushall" | "info" | "restore");
     [
         (of_keyspace, "keyspace"),
         (has(Flags::READONLY), "read"),
@@ -73,7 +74,7 @@ fn tips(spec: &CommandSpec) -> &'static [&'static str] {
         "randomkey" => &["request_policy:all_shards", "nondeterministic_output"],
         "scan" => &["nondeterministic_output", "request_policy:special"],
         "ttl" | "pttl" | "object|encoding" | "object|refcount" | "object|idletime" | "object|freq" | "client|info"
-        | "client|list" | "time" => &["nondeterministic_output"],
+        | "client|list" | "time" | "dump" => &["nondeterministic_output"],
         "command" | "command|info" | "command|docs" | "command|list" => &["nondeterministic_output_order"],
         "config|set" => &["request_policy:all_nodes", "response_policy:all_succeeded"],
         "info" | "memory|doctor" => {
@@ -104,7 +105,7 @@ fn key_flags(name: &str) -> &'static [&'static str] {
         "object|encoding" | "object|refcount" | "object|idletime" | "object|freq" => &["RO"],
         "set" => &["RW", "access", "update", "variable_flags"],
         "setnx" | "msetnx" => &["OW", "insert"],
-        "setex" | "psetex" | "mset" => &["OW", "update"],
+        "setex" | "psetex" | "mset" | "restore" => &["OW", "update"],
         "getset" | "getex" | "incr" | "decr" | "incrby" | "decrby" | "incrbyfloat" => &["RW", "access", "update"],
         "getdel" => &["RW", "access", "delete"],
         "append" => &["RW", "insert"],
@@ -271,7 +272,9 @@ fn complexity(spec: &CommandSpec) -> &'static str {
         }
         (_, Route::AllShards(_) | Route::AllKeyspaces(_)) => "O(N) where N is the number of keys of the keyspace",
         ("msetnx", _) => "O(N) where N is the number of keys",
-        ("append" | "getrange" | "substr" | "setrange", _) => "O(N) where N is the length of the value",
+        ("append" | "getrange" | "substr" | "setrange" | "dump" | "restore", _) => {
+            "O(N) where N is the length of the value"
+        }
         (_, Route::OneShard | Route::Here) => "O(1)",
     }
 }

@@ -52,6 +52,8 @@ macro_rules! store_commands {
             Rename "rename" 3 [WRITE] (1 2 1) OneShard generic::rename "generic" "1.0.0" "Gives a key another name in the same shard.";
             Renamenx "renamenx" 3 [WRITE FAST] (1 2 1) OneShard generic::renamenx "generic" "1.0.0" "Gives a key another name in the same shard if that is free.";
             Copy "copy" -3 [WRITE DENYOOM] (1 2 1) OneShard generic::copy "generic" "6.2.0" "Copies a value to another key of the same shard.";
+            Dump "dump" 2 [READONLY] (1 1 1) OneShard dump::dump "generic" "2.6.0" "Returns a value in Redis's own format, with a checksum.";
+            Restore "restore" -4 [WRITE DENYOOM] (1 1 1) OneShard dump::restore "generic" "2.6.0" "Makes a key of what DUMP returned; strings only so far.";
             ObjectEncoding "object|encoding" 3 [READONLY] (2 2 1) OneShard generic::object_encoding "generic" "2.2.3" "Returns how Redis would keep the value.";
             ObjectRefcount "object|refcount" 3 [READONLY] (2 2 1) OneShard generic::object_refcount "generic" "2.2.3" "Returns 1 for a key that exists.";
             ObjectIdletime "object|idletime" 3 [READONLY] (2 2 1) OneShard generic::object_idletime "generic" "2.2.3" "Returns 0 for a key that exists; access times are not kept.";

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use fastrand::Rng;
 use redis_tests::connection::shown;
 use redis_tests::seed::{number_from_environment, seeded};
-use redis_tests::{Address, Cluster, Connection, RedisServer, Server, Value, heavy, notation, resp};
+use redis_tests::{Address, Cluster, Connection, RedisServer, Server, Value, heavy, notation, payload, resp};
 
 use crate::known_differences::{Comparison, alike, comparison};
 
@@ -499,6 +499,11 @@ enum Slot {
     GetExOptions,
     LcsOptions,
     CopyOptions,
+    /// What DUMP may have answered, or nearly.
+    Payload,
+    /// Time to live, of which 0 means none.
+    RestoreTime,
+    RestoreOptions,
 }
 
 /// Whether ours runs the command within one shard only.
@@ -570,6 +575,8 @@ const ROWS: &[Row] = {
         row(6, "RENAME", &[Key, Key], OneShard),
         row(6, "RENAMENX", &[Key, Key], OneShard),
         row(8, "COPY", &[Key, Key, CopyOptions], OneShard),
+        row(10, "DUMP", &[Key], Free),
+        row(14, "RESTORE", &[Key, RestoreTime, Payload, RestoreOptions], Free),
         row(4, "KEYS", &[Pattern], NoKey),
         row(1, "FLUSHDB", &[Maybe(&["ASYNC", "SYNC", "async"])], NoKey),
         row(1, "FLUSHALL", &[Maybe(&["ASYNC", "SYNC"])], NoKey),
@@ -975,6 +982,48 @@ impl Generator {
         }
     }
 
+    /// A payload of a string, right or mutilated. Never one of another type, which redis-server keeps.
+    fn payload(&mut self) -> Vec<u8> {
+        let mut body = vec![0];
+        match self.random.u32(..8) {
+            kind @ 0..3 => {
+                body.push(0xc0 + kind as u8);
+                body.extend((0..1 << kind).map(|_| self.random.u8(..)));
+            }
+            3 => {
+                // Compressed: some literals, and then the last of them a few times more.
+                let literals = 1 + self.random.u8(..32);
+                let more = self.random.u8(..7) + 2;
+                body.extend([0xc3, literals + 3, literals + more, literals - 1]);
+                body.extend((0..literals).map(|_| self.random.u8(..)));
+                body.extend([(more - 2).max(1) << 5, self.random.u8(..4)]);
+            }
+            _ => {
+                let mut value = self.value();
+                value.truncate((1 << 14) - 1);
+                body.extend([0x40 | (value.len() >> 8) as u8, value.len() as u8]);
+                body.extend(value);
+            }
+        }
+        if self.chance(20) {
+            let at = self.random.usize(1..body.len());
+            body[at] = self.random.u8(..);
+        }
+        if self.chance(5) {
+            body.truncate(self.random.usize(1..=body.len()));
+        }
+        if self.chance(5) {
+            body[0] = [8, 20, 100, 255][self.random.usize(..4)];
+        }
+        let version = [10, 10, 10, 10, 9, 6, 0, 11, 266][self.random.usize(..9)];
+        let mut payload = payload::sealed(&body, version);
+        if self.chance(10) {
+            let at = self.random.usize(1..payload.len());
+            payload[at] ^= 1 << self.random.u32(..8);
+        }
+        payload
+    }
+
     fn number(&mut self, sensible: i64) -> Vec<u8> {
         if self.chance(80) { sensible.to_string().into_bytes() } else { self.one(ODD) }
     }
@@ -1101,6 +1150,33 @@ impl Generator {
                             let sensible = self.random.i64(-1..5);
                             let number = self.number(sensible);
                             command.push(number);
+                        }
+                    }
+                }
+            }
+            Slot::Payload => {
+                let payload = self.payload();
+                command.push(payload);
+            }
+            Slot::RestoreTime => match self.random.u32(..4) {
+                0 | 1 => command.push(b"0".to_vec()),
+                2 => self.fill_slot(Slot::Milliseconds, keyed, command),
+                _ => self.fill_slot(Slot::UnixMilliseconds, keyed, command),
+            },
+            Slot::RestoreOptions => {
+                for _ in 0..self.random.usize(..3) {
+                    match self.random.u32(..8) {
+                        0..4 => command.push(b"REPLACE".to_vec()),
+                        4 | 5 => command.push(b"absttl".to_vec()),
+                        6 => {
+                            let sensible = self.random.i64(-1..1000);
+                            let number = self.number(sensible);
+                            command.extend([b"IDLETIME".to_vec(), number]);
+                        }
+                        _ => {
+                            let sensible = self.random.i64(-1..258);
+                            let number = self.number(sensible);
+                            command.extend([b"Freq".to_vec(), number]);
                         }
                     }
                 }

@@ -1,6 +1,7 @@
 //! The commands a shard executes: which function runs each row of the command table, and what must be known before it runs.
 
 pub mod cursor;
+mod dump;
 mod expiry;
 mod float;
 mod generic;
@@ -83,7 +84,10 @@ pub fn needs_lane(command: StoreCommand, args: Args<'_>) -> bool {
     }
     let plan = &PLANS[command as usize];
     // LCS fills a table of up to 128 million cells: a third of a second.
-    plan.walks || command == StoreCommand::Lcs || command == StoreCommand::Setrange && string::setrange_is_far(args)
+    plan.walks
+        || command == StoreCommand::Lcs
+        || command == StoreCommand::Setrange && string::setrange_is_far(args)
+        || command == StoreCommand::Restore && dump::restore_is_far(args)
 }
 
 /// Whether the command changes what is seen of every key, so that it must run alone on its shard.

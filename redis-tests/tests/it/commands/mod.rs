@@ -60,6 +60,7 @@ scripts! {
     command
     connection
     counters
+    dump
     expiry
     keys
     many_keys
