@@ -49,6 +49,7 @@ pub const INVALID_CURSOR: CommandError = CommandError::fixed("ERR invalid cursor
 pub const SAME_OBJECT: CommandError = CommandError::fixed("ERR source and destination objects are the same");
 pub const INVALID_DB_INDEX: CommandError = CommandError::fixed("ERR invalid DB index");
 pub const DB_INDEX_OUT_OF_RANGE: CommandError = CommandError::fixed("ERR DB index is out of range");
+pub const SAVE_IN_PROGRESS: CommandError = CommandError::fixed("ERR Background save already in progress");
 pub const MAX_CLIENTS: CommandError = CommandError::fixed("ERR max number of clients reached");
 
 /// `name` in lower case; a subcommand as `container|sub`.

@@ -103,6 +103,11 @@ impl Cluster {
         Connection::open(&self.address(gateway))
     }
 
+    /// Where the data of a store lie.
+    pub fn data(&self, store: usize) -> PathBuf {
+        self.directory.path().join(format!("store-{store}"))
+    }
+
     /// One more gateway, not waited for.
     pub fn launch_gateway(&mut self) -> &mut Node {
         let name = format!("gateway-{}", self.gateways.len());

@@ -1,8 +1,9 @@
 //! The store: runs commands on its shards, one RocksDB per shard.
 //!
 //! Arrows point one way: `rpc` -> `shard` -> `command` -> `engine`; `node` owns the data folder and what is in it,
-//! `registration` speaks with the master on the public API alone.
+//! `backup` copies it while it serves, `registration` speaks with the master on the public API alone.
 
+mod backup;
 mod command;
 pub mod config;
 mod engine;
@@ -13,6 +14,8 @@ mod reopening;
 mod rpc;
 mod shard;
 
+pub use backup::manifest::Manifest as BackupManifest;
+pub use backup::restore::{RestoreError, restore};
 pub use config::{Config, Fsync, MemoryConfig};
 pub use node::{Bound, ClusterError, OpenError, PutRecordError, RunError, Store, StoreHandle};
 pub use shard::session::{LateAnswers, Session};

@@ -1,5 +1,6 @@
 //! A store's life: its data folder (lock, identity, records), its shards and threads, from open to close.
 
+use crate::backup::Backups;
 use crate::config::{Config, Limits};
 use crate::engine::{Engine, EngineError};
 use crate::reopening::{Opener, Reopening};
@@ -27,7 +28,7 @@ use vasto_proto::pb;
 use vasto_proto::topology::KeyspaceRecord;
 
 /// The layout of the data folder that this code reads and writes.
-const FORMAT_VERSION: u32 = 1;
+pub const FORMAT_VERSION: u32 = 1;
 
 /// Why a store does not start.
 #[derive(Debug, Error)]
@@ -136,6 +137,7 @@ impl Store {
             sync_bell: SyncBell::default(),
             alarm: Arc::default(),
             counters: Default::default(),
+            backups: Backups::open(folder),
         });
         let opener = Opener::new(identity.store, &config, &core);
         let node = Node {
@@ -307,6 +309,7 @@ impl Node {
             }
             map
         };
+        self.core.backups.stop();
         self.core.pool.stop();
         self.core.sync_bell.stop();
         self.core.alarm.stop();
@@ -389,6 +392,11 @@ impl Node {
     }
 }
 
+/// The name of a shard's folder.
+pub fn shard_folder(key: ShardKey) -> String {
+    format!("{}-{}", key.keyspace, key.shard)
+}
+
 fn lock(folder: &Path) -> Result<File, OpenError> {
     let path = folder.join("LOCK");
     let file = File::options().create(true).truncate(false).write(true).open(&path);
@@ -402,13 +410,13 @@ fn lock(folder: &Path) -> Result<File, OpenError> {
 
 /// Who the store is: one small text file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Identity {
-    store: StoreId,
-    cluster: ClusterId,
+pub struct Identity {
+    pub store: StoreId,
+    pub cluster: ClusterId,
 }
 
 impl Identity {
-    fn load_or_draw(folder: &Path) -> Result<Self, OpenError> {
+    pub fn load_or_draw(folder: &Path) -> Result<Self, OpenError> {
         let path = folder.join("identity");
         let text = match fs::read_to_string(&path) {
             Ok(text) => text,
@@ -461,20 +469,24 @@ fn save_record(folder: &Path, record: &KeyspaceRecord) -> io::Result<()> {
     replace_file(&folder.join("records"), &record.id.to_string(), &content)
 }
 
-fn load_records(folder: &Path) -> Result<BTreeMap<KeyspaceId, KeyspaceRecord>, OpenError> {
+/// The files of the records in a data folder.
+pub fn record_files(folder: &Path) -> Result<Vec<PathBuf>, OpenError> {
     let folder = folder.join("records");
-    let io_error = |path: &Path| {
-        let path = path.to_owned();
-        move |source| OpenError::Io { path, source }
+    let list = || {
+        let paths = fs::read_dir(&folder)?.map(|entry| Ok(entry?.path())).collect::<io::Result<Vec<_>>>()?;
+        // Not a half-written `.new` that a crash left.
+        Ok(paths.into_iter().filter(|path| path.extension().is_none()).collect())
     };
+    list().map_err(|source| OpenError::Io { path: folder.clone(), source })
+}
+
+pub fn load_records(folder: &Path) -> Result<BTreeMap<KeyspaceId, KeyspaceRecord>, OpenError> {
     let mut records = BTreeMap::new();
-    for entry in fs::read_dir(&folder).map_err(io_error(&folder))? {
-        let path = entry.map_err(io_error(&folder))?.path();
-        if path.extension().is_some() {
-            // A half-written `.new` that a crash left.
-            continue;
-        }
-        let content = fs::read(&path).map_err(io_error(&path))?;
+    for path in record_files(folder)? {
+        let content = match fs::read(&path) {
+            Ok(content) => content,
+            Err(source) => return Err(OpenError::Io { path, source }),
+        };
         let record = decode_record(&content).map_err(|reason| OpenError::Damaged { path, reason })?;
         records.insert(record.id, record);
     }

@@ -5,7 +5,7 @@
 use crate::config::Config;
 use crate::engine::EngineError;
 use crate::engine::garbage::Rules;
-use crate::node::Records;
+use crate::node::{Records, shard_folder};
 use crate::shard::Shard;
 use crate::shard::alarm::Woken;
 use crate::shard::executor::Core;
@@ -43,7 +43,7 @@ impl Opener {
     }
 
     fn folder(&self, key: ShardKey) -> PathBuf {
-        self.config.data.join("shards").join(format!("{}-{}", key.keyspace, key.shard))
+        self.config.data.join("shards").join(shard_folder(key))
     }
 
     /// Makes the folder of a new shard, in which its first opening makes a database. Call it before the record is kept: a shard of a

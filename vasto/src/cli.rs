@@ -8,6 +8,7 @@ use std::str::FromStr;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::bench::BenchArguments;
+use crate::restore::RestoreArguments;
 
 /// A database that speaks the Redis protocol, keeps its data on disk and grows while it serves.
 ///
@@ -31,6 +32,12 @@ pub enum Role {
     Gateway(GatewayOptions),
     /// Load a server and measure it.
     Bench(BenchArguments),
+    /// Make a store's data folder of a backup.
+    ///
+    /// BGSAVE and SAVE leave a folder backups/NAME in the data folder of every store. Each is restored by itself, into a folder that does
+    /// not exist or is empty; every file is copied and its checksum compared. The restored store has the identity of the old one: never
+    /// run both.
+    Restore(RestoreArguments),
 }
 
 #[derive(Clone, Debug, Args)]

@@ -1,4 +1,4 @@
-//! The one binary of Vasto: all roles in one process, or each on its own, and the benchmark.
+//! The one binary of Vasto: all roles in one process, or each on its own, and the tools.
 
 mod bench;
 mod cli;
@@ -6,6 +6,7 @@ mod config;
 mod local;
 mod open_files;
 mod ready;
+mod restore;
 mod role;
 mod stop;
 mod telemetry;
@@ -46,6 +47,7 @@ fn run() -> anyhow::Result<ExitCode> {
         Role::Store(options) => role::store::run(options)?,
         Role::Gateway(options) => role::gateway::run(options)?,
         Role::Bench(arguments) => return bench::run(arguments),
+        Role::Restore(arguments) => restore::run(&arguments)?,
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -2,6 +2,7 @@
 //!
 //! Memory is that of the process that was asked: `used_memory` is its resident set, as is `used_memory_rss`.
 
+use super::backup::{self, StoreStatus};
 use super::{Ask, Context, Next, Round, ShardRequest};
 use crate::clients::unix_ms;
 use crate::statistics::{ERROR_WORDS, spec_of_row};
@@ -63,10 +64,11 @@ fn sections<'a>(words: impl Iterator<Item = &'a [u8]>) -> Vec<Section> {
 
 pub fn info(context: &mut Context<'_>, args: Args<'_>) -> Result<Next, CommandError> {
     let sections = sections(args);
-    if sections.iter().any(|section| matches!(section, Section::Keyspace | Section::Vasto)) {
+    let asks = |section: &Section| matches!(section, Section::Persistence | Section::Keyspace | Section::Vasto);
+    if sections.iter().any(asks) {
         return Ok(Next::Ask(Box::new(Info { sections, keyspaces: Vec::new(), asked: Vec::new() })));
     }
-    let text = render(context, &sections, &[]);
+    let text = render(context, &sections, &[], StoreStatus::default());
     context.reply().verbatim(&text);
     Ok(Next::Replied)
 }
@@ -140,7 +142,8 @@ struct Info {
 impl Ask for Info {
     fn start(&mut self, context: &mut Context<'_>) -> Result<Vec<ShardRequest>, CommandError> {
         let mut requests = Vec::new();
-        for record in &context.routing.snapshot.keyspaces {
+        let needs_figures = self.sections.iter().any(|section| *section != Section::Persistence);
+        for record in context.routing.snapshot.keyspaces.iter().filter(|_| needs_figures) {
             let Some(routes) = context.routing.keyspace(record.id) else {
                 continue;
             };
@@ -157,6 +160,9 @@ impl Ask for Info {
                 keys_exact: true,
             });
         }
+        if self.sections.contains(&Section::Persistence) {
+            requests.extend(backup::one_shard_each(context).iter().map(backup::ask_status));
+        }
         Ok(requests)
     }
 
@@ -164,7 +170,8 @@ impl Ask for Info {
         for (place, answer) in self.asked.iter().zip(&answers) {
             self.keyspaces[*place].add(answer);
         }
-        let text = render(context, &self.sections, &self.keyspaces);
+        let saves = StoreStatus::of_all(answers.get(self.asked.len()..).unwrap_or_default());
+        let text = render(context, &self.sections, &self.keyspaces, saves);
         context.reply().verbatim(&text);
         Ok(Round::Done)
     }
@@ -212,14 +219,14 @@ fn human(bytes: u64) -> String {
     format!("{amount:.2}{}", UNITS[unit])
 }
 
-fn render(context: &Context<'_>, sections: &[Section], keyspaces: &[KeyspaceFigures]) -> String {
+fn render(context: &Context<'_>, sections: &[Section], keyspaces: &[KeyspaceFigures], saves: StoreStatus) -> String {
     let mut text = Text::default();
     for section in sections {
         match section {
             Section::Server => server(&mut text, context),
             Section::Clients => clients(&mut text, context),
             Section::Memory => memory(&mut text, context),
-            Section::Persistence => persistence(&mut text, context),
+            Section::Persistence => persistence(&mut text, saves),
             Section::Stats => stats(&mut text, context),
             Section::Replication => replication(&mut text, context),
             Section::Cpu => cpu(&mut text),
@@ -323,12 +330,12 @@ fn memory(text: &mut Text, context: &Context<'_>) {
     text.zeros(&["active_defrag_running", "lazyfree_pending_objects", "lazyfreed_objects"]);
 }
 
-fn persistence(text: &mut Text, context: &Context<'_>) {
-    let started = context.shared.started_at.duration_since(std::time::UNIX_EPOCH).unwrap_or_default().as_secs();
+fn persistence(text: &mut Text, saves: StoreStatus) {
     text.section("Persistence");
-    text.zeros(&["loading", "async_loading", "rdb_changes_since_last_save", "rdb_bgsave_in_progress"]);
-    text.field("rdb_last_save_time", started);
-    text.field("rdb_last_bgsave_status", "ok");
+    text.zeros(&["loading", "async_loading", "rdb_changes_since_last_save"]);
+    text.field("rdb_bgsave_in_progress", u8::from(saves.is_running));
+    text.field("rdb_last_save_time", saves.last_done_s);
+    text.field("rdb_last_bgsave_status", if saves.has_failed { "err" } else { "ok" });
     text.field("rdb_last_bgsave_time_sec", -1);
     text.field("rdb_current_bgsave_time_sec", -1);
     text.field("rdb_saves", 0);
@@ -569,6 +576,25 @@ mod tests {
             text.contains("vasto_shards_unreachable:1\\r\\nvasto_keyspace_0:id=0,shards=3,dbsize=estimate,keys=40,"),
             "{text}"
         );
+    }
+
+    #[test]
+    fn backups_are_those_that_every_store_has() {
+        let mut harness = Harness::new();
+        let mut last_done_s = 300;
+        let text = harness.run_with("INFO persistence", &mut |request| {
+            assert_eq!(request.command, StoreCommand::InternalSaves);
+            last_done_s -= 100;
+            packed(|reply| {
+                reply.map(3);
+                for (name, value) in [("in_progress", 1), ("last_done", last_done_s), ("failed", 0)] {
+                    reply.bulk(name.as_bytes());
+                    reply.integer(value);
+                }
+            })
+        });
+        let fields = "rdb_bgsave_in_progress:1\\r\\nrdb_last_save_time:100\\r\\nrdb_last_bgsave_status:ok\\r\\n";
+        assert!(text.contains(fields), "{text}");
     }
 
     #[test]

@@ -34,14 +34,14 @@ fn categories(spec: &CommandSpec) -> Vec<&'static str> {
     let of_keyspace = spec.group == "generic" && !container && spec.name != "wait"
         || matches!(spec.name, "dbsize" | "flushdb" | "flushall");
     let dangerous =
-        has(Flags::ADMIN) || matches!(spec.name, "keys" | "flushdb" | "flushall" | "info" | "restore");
+        has(Flags::ADMIN) || matches!(spec.name, "keys" | "flushdb" | "flushall" | "info" | "restore" | "lastsave");
     [
         (of_keyspace, "keyspace"),
         (has(Flags::READONLY), "read"),
         (has(Flags::WRITE), "write"),
         (spec.group == "string", "string"),
         (has(Flags::PUBSUB), "pubsub"),
-        (has(Flags::ADMIN), "admin"),
+        (has(Flags::ADMIN) || spec.name == "lastsave", "admin"),
         (has(Flags::FAST), "fast"),
         (!has(Flags::FAST), "slow"),
         (has(Flags::BLOCKING), "blocking"),
@@ -74,7 +74,7 @@ fn tips(spec: &CommandSpec) -> &'static [&'static str] {
         "randomkey" => &["request_policy:all_shards", "nondeterministic_output"],
         "scan" => &["nondeterministic_output", "request_policy:special"],
         "ttl" | "pttl" | "object|encoding" | "object|refcount" | "object|idletime" | "object|freq" | "client|info"
-        | "client|list" | "time" | "dump" => &["nondeterministic_output"],
+        | "client|list" | "time" | "dump" | "lastsave" => &["nondeterministic_output"],
         "command" | "command|info" | "command|docs" | "command|list" => &["nondeterministic_output_order"],
         "config|set" => &["request_policy:all_nodes", "response_policy:all_succeeded"],
         "info" | "memory|doctor" => {

@@ -1,5 +1,6 @@
 //! The commands that the gateway answers itself, and the table that leads from a row to its handler.
 
+pub mod backup;
 pub mod client;
 pub mod config;
 pub mod connection;

@@ -33,6 +33,7 @@ flags! {
     MAY_REPLICATE = 13, "may_replicate";
     NO_MULTI = 14, "no_multi";
     ALLOW_BUSY = 15, "allow_busy";
+    NO_ASYNC_LOADING = 19, "no_async_loading";
     /// A container: its second word chooses one of the rows `name|word`.
     CONTAINER = 16, "";
     /// Between gateway and store only; clients cannot call it.

@@ -74,6 +74,10 @@ macro_rules! store_commands {
             // `_exec watched-count (key token)… (command u16 LE, argument count u32 LE, argument…)…` answers an array of replies, or a null
             // array when a token is stale.
             InternalExec "_exec" -2 [WRITE INTERNAL] (0 0 0) OneShard transaction::exec "internal" "0.1.0" "A transaction on one shard.";
+            // `_save id start|wait` has the whole store of the shard backed up under this name: `start` answers when it has begun, `wait` when it is done.
+            InternalSave "_save" 3 [WRITE WALKS INTERNAL] (0 0 0) OneShard backup::save "internal" "0.1.0" "Backs up a store.";
+            // `_saves` answers a map of names and integers.
+            InternalSaves "_saves" 1 [READONLY INTERNAL] (0 0 0) OneShard backup::saves "internal" "0.1.0" "The backups of a store.";
             // `_stats` answers an array with one map of names and integers.
             InternalStats "_stats" 1 [READONLY WALKS INTERNAL] (0 0 0) AllShards(Concat) keyspace::stats "internal" "0.1.0" "Figures of a shard.";
         }
@@ -141,6 +145,9 @@ macro_rules! gateway_commands {
             SlowlogGet "slowlog|get" -2 [ADMIN LOADING STALE] (0 0 0) Here slowlog::get "server" "2.2.12" "Returns the slowest commands of this gateway.";
             SlowlogLen "slowlog|len" 2 [ADMIN LOADING STALE] (0 0 0) Here slowlog::len "server" "2.2.12" "Counts the entries.";
             SlowlogReset "slowlog|reset" 2 [ADMIN LOADING STALE] (0 0 0) Here slowlog::reset "server" "2.2.12" "Empties the log.";
+            Bgsave "bgsave" -1 [ADMIN NOSCRIPT NO_ASYNC_LOADING] (0 0 0) Here backup::bgsave "server" "1.0.0" "Has every store make a backup and answers at once.";
+            Save "save" 1 [ADMIN NOSCRIPT NO_ASYNC_LOADING NO_MULTI] (0 0 0) Here backup::save "server" "1.0.0" "Has every store make a backup and answers when all are done.";
+            Lastsave "lastsave" 1 [LOADING STALE FAST] (0 0 0) Here backup::lastsave "server" "1.0.0" "Returns when the last backup was done that every store has, in Unix seconds; 0 = never.";
             Shutdown "shutdown" -1 [ADMIN NOSCRIPT LOADING STALE NO_MULTI ALLOW_BUSY] (0 0 0) Here server::shutdown "server" "1.0.0" "Stops the process that was asked.";
             Wait "wait" 3 [NOSCRIPT] (0 0 0) Here server::wait "generic" "3.0.0" "Counts the replicas that have this connection's writes.";
 

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed, and where is in the message")]
 
+mod backup;
 mod clients;
 mod commands;
 mod differential;

@@ -1,5 +1,6 @@
 //! The commands a shard executes: which function runs each row of the command table, and what must be known before it runs.
 
+mod backup;
 pub mod cursor;
 mod dump;
 mod expiry;

@@ -2,6 +2,7 @@
 
 use super::garbage::{Factory, Garbage, Rules};
 use super::{Engine, EngineError, Tier, compact_all_options, meta};
+use rocksdb::checkpoint::Checkpoint;
 use rocksdb::properties;
 use rocksdb::{
     Cache, ColumnFamily, ColumnFamilyDescriptor, DB, DBPinnableSlice, DBRawIterator, ErrorKind, ReadOptions, ReadTier,
@@ -259,6 +260,16 @@ impl Database {
             &[self.family(KEYS), self.family(ELEMENTS), self.family(META)],
             &rocksdb::FlushOptions::default(),
         )?)
+    }
+
+    /// Copies the database as it is now into a folder that does not exist yet; tables become hard links.
+    pub fn checkpoint(&self, path: &Path) -> Result<(), EngineError> {
+        Ok(Checkpoint::new(&self.db)?.create_checkpoint(path)?)
+    }
+
+    /// The number of the last write in the log.
+    pub fn sequence(&self) -> u64 {
+        self.db.latest_sequence_number()
     }
 
     /// Rewrites all files, dropping what may be dropped.

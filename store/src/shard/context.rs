@@ -1,9 +1,11 @@
 //! What one command sees of its shard: rows through the overlay of its batch's own writes.
 
 use super::Shard;
+use super::executor::Core;
 use super::rows::{CellIndex, Rows, State};
 use super::stripes::StripeGuard;
 use super::view::ShardView;
+use crate::backup::{BackupError, Status};
 use crate::config::Limits;
 use crate::engine::{EngineError, Tier};
 use bytes::Bytes;
@@ -60,7 +62,7 @@ pub struct Context<'a> {
     /// The packed operations that the cells' keys point into.
     pub(super) batch: &'a [u8],
     pub(super) answers: &'a mut Vec<u8>,
-    pub(super) limits: &'a Limits,
+    pub(super) core: &'a Core,
     pub(super) tier: Tier,
     pub(super) has_large_permit: bool,
     pub(super) now_ns: u64,
@@ -86,7 +88,24 @@ impl<'a> Context<'a> {
     }
 
     pub fn limits(&self) -> &'a Limits {
-        self.limits
+        &self.core.limits
+    }
+
+    /// Begins a backup of the whole store, which goes on in the blocking lane.
+    pub fn start_backup(&self, name: &str) -> Result<(), BackupError> {
+        self.core.backups.begin(name)?;
+        self.core.pool.schedule_backup(name.to_owned());
+        Ok(())
+    }
+
+    /// Makes a backup of the whole store; blocks for long.
+    pub fn make_backup(&self, name: &str) -> Result<(), BackupError> {
+        self.core.backups.begin(name)?;
+        self.core.backups.run(&self.core.shards.current(), name)
+    }
+
+    pub fn backup_status(&self) -> Status {
+        self.core.backups.status()
     }
 
     /// Where the reply goes.

@@ -19,6 +19,7 @@ use super::map::{ShardMap, Shards};
 use super::rows::{CellIndex, Rows, State};
 use super::session::Shared;
 use super::stripes::{Patience, StripeGuard, StripeSet, Stripes};
+use crate::backup::Backups;
 use crate::command;
 use crate::config::Limits;
 use crate::engine::{Engine, EngineError, Tier, meta};
@@ -46,6 +47,7 @@ pub struct Core {
     pub sync_bell: SyncBell,
     pub alarm: Arc<Alarm>,
     pub counters: Counters,
+    pub backups: Backups,
 }
 
 /// Where a batch runs.
@@ -481,7 +483,7 @@ impl Executor {
                 shard: &group.shard,
                 batch,
                 answers,
-                limits: &core.limits,
+                core,
                 tier: place.tier(),
                 has_large_permit: operation.head.flags & FLAG_LARGE_PERMIT != 0,
                 now_ns,

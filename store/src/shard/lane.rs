@@ -61,6 +61,8 @@ enum Job {
     Turn(Arc<Shared>, LaneKey),
     /// Takes the space of dead rows back.
     Compact(Arc<Shard>),
+    /// Makes the backup of this name, which was begun.
+    Backup(String),
 }
 
 /// The threads of the lane, and what they have to do.
@@ -84,6 +86,10 @@ impl LanePool {
 
     pub fn schedule_compaction(&self, shard: Arc<Shard>) {
         self.push(Job::Compact(shard));
+    }
+
+    pub fn schedule_backup(&self, name: String) {
+        self.push(Job::Backup(name));
     }
 
     fn push(&self, job: Job) {
@@ -111,7 +117,7 @@ impl LanePool {
                 loop {
                     match state.jobs.pop_front() {
                         // It can be done after the next start.
-                        Some(Job::Compact(_)) if state.stopped => {}
+                        Some(Job::Compact(_) | Job::Backup(_)) if state.stopped => {}
                         Some(job) => break job,
                         None if state.stopped => return,
                         None => core.pool.available.wait(&mut state),
@@ -123,6 +129,8 @@ impl LanePool {
                 // It would only keep the shard from being closed.
                 Job::Compact(shard) if shard.is_failed() => {}
                 Job::Compact(shard) => shard.database.compact(),
+                // How it ended is in the status and in the log.
+                Job::Backup(name) => drop(core.backups.run(&core.shards.current(), &name)),
             }
         }
     }

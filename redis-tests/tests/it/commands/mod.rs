@@ -56,6 +56,7 @@ macro_rules! scripts {
 
 scripts! {
     across_shards
+    backup
     client
     command
     connection
