@@ -1,6 +1,6 @@
 //! Debian's redis-server as oracle: what it answers is what ours must answer.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use tempfile::TempDir;
@@ -14,7 +14,7 @@ use crate::resp::Value;
 pub struct RedisServer {
     child: Child,
     socket: PathBuf,
-    _directory: TempDir,
+    directory: TempDir,
 }
 
 impl RedisServer {
@@ -39,7 +39,7 @@ impl RedisServer {
             .stderr(Stdio::null())
             .spawn()
             .unwrap_or_else(|error| panic!("cannot start redis-server, `make test` installs it: {error}"));
-        let server = RedisServer { child, socket, _directory: directory };
+        let server = RedisServer { child, socket, directory };
         eventually_within(PATIENCE, "redis-server answers", || {
             let mut connection = Connection::try_open(&server.address())?;
             match connection.try_call(&["PING"])? {
@@ -56,6 +56,11 @@ impl RedisServer {
 
     pub fn connect(&self) -> Connection {
         Connection::open(&self.address())
+    }
+
+    /// Where it writes its files.
+    pub fn directory(&self) -> &Path {
+        self.directory.path()
     }
 
     pub fn pid(&self) -> u32 {

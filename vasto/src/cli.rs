@@ -8,6 +8,7 @@ use std::str::FromStr;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::bench::BenchArguments;
+use crate::import::ImportArguments;
 use crate::restore::RestoreArguments;
 
 /// A database that speaks the Redis protocol, keeps its data on disk and grows while it serves.
@@ -32,6 +33,11 @@ pub enum Role {
     Gateway(GatewayOptions),
     /// Load a server and measure it.
     Bench(BenchArguments),
+    /// Import the strings of an RDB file, with the times at which they expire, into a running server.
+    ///
+    /// The file is read to its end first: a damaged one changes nothing. Values of other types are counted and reported. The exit status
+    /// is 0 when everything was imported or left out by an option, 1 after an error, 3 when something of the file was not imported.
+    Import(ImportArguments),
     /// Make a store's data folder of a backup.
     ///
     /// BGSAVE and SAVE leave a folder backups/NAME in the data folder of every store. Each is restored by itself, into a folder that does
@@ -294,7 +300,7 @@ fn address(text: &str) -> Result<SocketAddr, String> {
 }
 
 /// An address to connect to; its host is looked up at each connection.
-fn remote_address(text: &str) -> Result<String, String> {
+pub fn remote_address(text: &str) -> Result<String, String> {
     let port =
         text.rsplit_once(':').filter(|(host, _)| !host.is_empty()).and_then(|(_, port)| port.parse::<u16>().ok());
     port.map(|_| text.to_owned()).ok_or_else(|| "not an address HOST:PORT".to_owned())

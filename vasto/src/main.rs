@@ -3,6 +3,7 @@
 mod bench;
 mod cli;
 mod config;
+mod import;
 mod local;
 mod open_files;
 mod ready;
@@ -47,6 +48,7 @@ fn run() -> anyhow::Result<ExitCode> {
         Role::Store(options) => role::store::run(options)?,
         Role::Gateway(options) => role::gateway::run(options)?,
         Role::Bench(arguments) => return bench::run(arguments),
+        Role::Import(arguments) => return import::run(arguments),
         Role::Restore(arguments) => restore::run(&arguments)?,
     }
     Ok(ExitCode::SUCCESS)

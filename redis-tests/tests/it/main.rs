@@ -7,6 +7,7 @@ mod clients;
 mod commands;
 mod differential;
 mod faults;
+mod import;
 mod known_differences;
 mod limits;
 mod process;

@@ -56,14 +56,14 @@ impl Link {
         }
     }
 
-    async fn write_all(&mut self, bytes: &[u8]) -> std::io::Result<()> {
+    pub async fn write_all(&mut self, bytes: &[u8]) -> std::io::Result<()> {
         match self {
             Self::Tcp(stream) => stream.write_all(bytes).await,
             Self::Unix(stream) => stream.write_all(bytes).await,
         }
     }
 
-    async fn read(&mut self, bytes: &mut [u8]) -> std::io::Result<usize> {
+    pub async fn read(&mut self, bytes: &mut [u8]) -> std::io::Result<usize> {
         std::future::poll_fn(|context| {
             let mut buffer = ReadBuf::new(bytes);
             ready!(self.poll_read(context, &mut buffer))?;

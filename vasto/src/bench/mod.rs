@@ -6,11 +6,11 @@
 
 mod arguments;
 mod command;
-mod connection;
+pub mod connection;
 mod distribution;
 mod ledger;
 mod phase;
-mod reply;
+pub mod reply;
 mod report;
 mod tally;
 mod timetable;
@@ -27,8 +27,8 @@ use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
 
-pub use self::arguments::BenchArguments;
-use self::arguments::{ServerSettings, Settings, Workload};
+pub use self::arguments::{BenchArguments, ServerSettings, Target};
+use self::arguments::{Settings, Workload};
 use self::command::Encoder;
 use self::ledger::{Entry, Header, Ledger, Partition};
 use self::phase::Phase;
