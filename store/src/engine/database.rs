@@ -62,7 +62,7 @@ impl Writes<'_> {
 
 impl Database {
     pub fn open(engine: &Engine, path: &Path, rules: Rules) -> Result<Self, EngineError> {
-        check_folder(path)?;
+        super::log_files::check(path)?;
         let garbage = Arc::new(Garbage::new(rules));
         let mut keys_options = engine.keys_options.clone();
         keys_options.set_compaction_filter_factory(Factory(Arc::clone(&garbage)));
@@ -72,7 +72,8 @@ impl Database {
             ColumnFamilyDescriptor::new(ELEMENTS, engine.small_options.clone()),
             ColumnFamilyDescriptor::new(META, engine.small_options.clone()),
         ];
-        let db = DB::open_cf_descriptors(&engine.database_options, path, families)?;
+        let db = DB::open_cf_descriptors(&engine.database_options, path, families)
+            .map_err(|error| super::log_files::opening_error(path, error))?;
         let mut memory_reads = ReadOptions::default();
         memory_reads.set_read_tier(ReadTier::BlockCache);
         let mut hasty_writes = WriteOptions::default();
@@ -103,10 +104,15 @@ impl Database {
         match self.meta(meta::FORMAT)?.as_deref() {
             None => self.put_meta_synced(meta::FORMAT, &meta::FORMAT_VERSION.to_be_bytes()),
             Some(bytes) if bytes == meta::FORMAT_VERSION.to_be_bytes() => Ok(()),
-            Some(bytes) => Err(EngineError::Failed(format!(
-                "the shard has format version {bytes:?}, this program knows {} only",
-                meta::FORMAT_VERSION
-            ))),
+            Some(bytes) => {
+                let found = bytes
+                    .try_into()
+                    .map_or_else(|_| format!("{bytes:?}"), |bytes| u32::from_be_bytes(bytes).to_string());
+                Err(EngineError::Failed(format!(
+                    "the shard has format version {found}, this program knows {} only",
+                    meta::FORMAT_VERSION
+                )))
+            }
         }
     }
 
@@ -321,26 +327,6 @@ impl Database {
     pub fn block_cache_bytes(&self) -> u64 {
         self.block_cache.get_usage() as u64
     }
-}
-
-/// Whether the folder holds a database or nothing. RocksDB would make a new one where the folder is missing, and where the file CURRENT
-/// is missing beside others.
-fn check_folder(path: &Path) -> Result<(), EngineError> {
-    let unreadable = |error: io::Error| match error.kind() {
-        io::ErrorKind::NotFound => EngineError::Corrupt(format!("{} is missing", path.display())),
-        _ => EngineError::Disk(format!("cannot read {}: {error}", path.display())),
-    };
-    let current = path.join("CURRENT");
-    let has_current = current.try_exists().map_err(unreadable)?;
-    for entry in fs::read_dir(path).map_err(unreadable)? {
-        let file = entry.map_err(unreadable)?.path();
-        let is_data = |extension| extension == LOG_EXTENSION || extension == TABLE_EXTENSION;
-        if !has_current && file.extension().is_some_and(is_data) {
-            let text = format!("{} is missing though {} is there", current.display(), file.display());
-            return Err(EngineError::Corrupt(text));
-        }
-    }
-    Ok(())
 }
 
 fn read_error(error: rocksdb::Error) -> EngineError {

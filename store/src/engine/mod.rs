@@ -3,7 +3,10 @@
 pub mod database;
 pub mod error;
 pub mod garbage;
+mod log_files;
 pub mod meta;
+#[cfg(test)]
+mod tests;
 
 use crate::config::Config;
 use rocksdb::{

@@ -1,0 +1,167 @@
+//! Tests on databases as they lie on disk: damaged, missing, or of another version.
+
+use super::database::Database;
+use super::garbage::Rules;
+use super::{Engine, Tier, log_files, meta};
+use crate::config::{Config, MemoryConfig};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+fn engine() -> Engine {
+    let memory = MemoryConfig { row_cache_bytes: 1 << 20, block_cache_bytes: 1 << 20, write_buffer_bytes: 8 << 20 };
+    Engine::new(&Config { memory, background_jobs: 1, ..Config::default() }).unwrap()
+}
+
+const RULES: Rules = Rules { grace: Duration::from_secs(3600), is_only_copy: true };
+
+/// A row of a length that depends on its number.
+fn row(number: u32) -> Vec<u8> {
+    let byte = (number * 31) as u8;
+    vec![byte; 30 + number as usize % 50]
+}
+
+fn put(database: &Database, numbers: std::ops::Range<u32>) {
+    for number in numbers {
+        let mut writes = database.writes(1, 100);
+        writes.put_row(&number.to_be_bytes(), &row(number));
+        database.write(writes, Tier::Disk).unwrap();
+    }
+}
+
+fn copy_folder(from: &Path, to: &Path) {
+    fs::create_dir_all(to).unwrap();
+    for entry in fs::read_dir(from).unwrap() {
+        let path = entry.unwrap().path();
+        fs::copy(&path, to.join(path.file_name().unwrap())).unwrap();
+    }
+}
+
+fn find(folder: &Path, is: impl Fn(&str) -> bool) -> PathBuf {
+    let mut found: Vec<PathBuf> = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+    found.retain(|path| is(path.file_name().unwrap().to_str().unwrap()));
+    found.sort();
+    found.pop().expect("there is such a file")
+}
+
+/// A shard with rows in tables and rows that only its log has.
+fn filled(engine: &Engine, folder: &Path) {
+    fs::create_dir_all(folder).unwrap();
+    let database = Database::open(engine, folder, RULES).unwrap();
+    put(&database, 0..50);
+    database.flush().unwrap();
+    put(&database, 50..100);
+    database.flush().unwrap();
+    put(&database, 100..150);
+}
+
+/// What RocksDB makes of real files: every bit of every header of a manifest and of a log, one at a time.
+#[test]
+fn a_flipped_bit_in_a_header_is_refused_with_the_name_of_the_file() {
+    let engine = engine();
+    let folder = tempfile::tempdir().unwrap();
+    let original = folder.path().join("original");
+    filled(&engine, &original);
+    for name in [find(&original, |name| name.starts_with("MANIFEST")), find(&original, |name| name.ends_with(".log"))] {
+        let name = name.file_name().unwrap();
+        let whole = fs::read(original.join(name)).unwrap();
+        let copy = folder.path().join("copy");
+        copy_folder(&original, &copy);
+        let (mut at, mut headers) = (0, 0);
+        while let Some(bytes) = log_files::record_bytes(&whole[at..]) {
+            for bit in at * 8..(at + log_files::HEADER_BYTES) * 8 {
+                let mut flipped = whole.clone();
+                flipped[bit / 8] ^= 1 << (bit % 8);
+                fs::write(copy.join(name), flipped).unwrap();
+                let error = Database::open(&engine, &copy, RULES).err().expect("a flipped bit is found").to_string();
+                assert!(error.contains(name.to_str().unwrap()), "bit {bit} of {name:?}: {error}");
+            }
+            at += bytes;
+            headers += 1;
+        }
+        assert!(headers > 5, "{headers} records in {name:?}");
+        assert_eq!(at, whole.len());
+        fs::write(copy.join(name), &whole).unwrap();
+        let database = Database::open(&engine, &copy, RULES).unwrap();
+        for number in 0..150_u32 {
+            let found = database.get(&number.to_be_bytes(), Tier::Disk).unwrap();
+            assert_eq!(found.as_deref(), Some(row(number).as_slice()));
+        }
+        drop(database);
+        fs::remove_dir_all(&copy).unwrap();
+    }
+}
+
+/// RocksDB reads the properties of a table before their checksum is looked at, and blames the manifest.
+#[test]
+fn a_table_that_does_not_open_is_named_and_not_the_manifest() {
+    let engine = engine();
+    let folder = tempfile::tempdir().unwrap();
+    let original = folder.path().join("original");
+    filled(&engine, &original);
+    let copy = folder.path().join("copy");
+    copy_folder(&original, &copy);
+    let table = find(&copy, |name| name.ends_with(".sst"));
+    let mut content = fs::read(&table).unwrap();
+    // In the name of a property (rocksdb.num.data.blocks, stored without what it shares with the one before), so that they are no
+    // longer in order.
+    let name = b"um.data.blocks";
+    let place =
+        content.windows(name.len()).position(|bytes| bytes == name).expect("the properties are stored as plain text");
+    content[place] ^= 1 << 6;
+    fs::write(&table, content).unwrap();
+    let error = Database::open(&engine, &copy, RULES).err().expect("it is refused").to_string();
+    assert!(error.contains(table.file_name().unwrap().to_str().unwrap()), "{error}");
+    assert!(!error.contains("MANIFEST"), "{error}");
+}
+
+#[test]
+fn a_file_that_is_missing_is_refused() {
+    let engine = engine();
+    let folder = tempfile::tempdir().unwrap();
+    let original = folder.path().join("original");
+    filled(&engine, &original);
+    for (is, named) in [
+        (&(|name: &str| name == "CURRENT") as &dyn Fn(&str) -> bool, "CURRENT"),
+        (&|name: &str| name.starts_with("MANIFEST"), "MANIFEST"),
+        (&|name: &str| name.ends_with(".log"), "write-ahead log"),
+        (&|name: &str| name.ends_with(".sst"), ".sst"),
+    ] {
+        let copy = folder.path().join("copy");
+        copy_folder(&original, &copy);
+        fs::remove_file(find(&copy, is)).unwrap();
+        let error = Database::open(&engine, &copy, RULES).err().expect("it is missed").to_string();
+        assert!(error.contains(named), "{named}: {error}");
+        fs::remove_dir_all(&copy).unwrap();
+    }
+}
+
+#[test]
+fn a_database_whose_making_was_cut_short_is_made_again() {
+    let engine = engine();
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("MANIFEST-000001"), b"half").unwrap();
+    Database::open(&engine, folder.path(), RULES).unwrap();
+}
+
+/// A later version of this program has been here: it alone knows how to read the rows.
+#[test]
+fn a_newer_format_is_refused_and_left_as_it_was() {
+    let engine = engine();
+    let folder = tempfile::tempdir().unwrap();
+    filled(&engine, folder.path());
+    let database = Database::open(&engine, folder.path(), RULES).unwrap();
+    database.put_meta_synced(meta::FORMAT, &(meta::FORMAT_VERSION + 1).to_be_bytes()).unwrap();
+    drop(database);
+    for _ in 0..2 {
+        let error = Database::open(&engine, folder.path(), RULES).err().expect("it is refused").to_string();
+        assert!(error.contains(&format!("format version {}", meta::FORMAT_VERSION + 1)), "{error}");
+    }
+    let names = rocksdb::DB::list_cf(&rocksdb::Options::default(), folder.path()).unwrap();
+    let database =
+        rocksdb::DB::open_cf_for_read_only(&rocksdb::Options::default(), folder.path(), names, false).unwrap();
+    let keys = database.cf_handle("keys").unwrap();
+    for number in 0..150_u32 {
+        assert_eq!(database.get_cf(keys, number.to_be_bytes()).unwrap(), Some(row(number)), "row {number}");
+    }
+}
