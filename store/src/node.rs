@@ -428,23 +428,42 @@ impl Identity {
             Err(source) => return Err(OpenError::Io { path, source }),
         };
         let damaged = |reason: &str| OpenError::Damaged { path: path.clone(), reason: reason.to_owned() };
-        let field = |name: &str| {
-            let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('='));
+        let (body, sum) = match text.rfind("checksum=") {
+            Some(place) => (&text[..place], Some(&text[place..])),
+            None => (text.as_str(), None),
+        };
+        if sum.is_some_and(|sum| sum != checksum_line(body)) {
+            return Err(damaged("its checksum is wrong"));
+        }
+        let mut lines = body.lines();
+        let mut field = |name: &str| {
+            let line = lines.next().and_then(|line| line.strip_prefix(name)?.strip_prefix('='));
             line.ok_or_else(|| damaged(&format!("it has no {name}")))
         };
-        let format = field("format")?.parse().map_err(|_| damaged("format is no number"))?;
+        let format: u32 = field("format")?.parse().map_err(|_| damaged("format is no number"))?;
         if format > FORMAT_VERSION {
             return Err(OpenError::NewerFormat { path: folder.to_owned(), found: format });
         }
         let store = u32::from_str_radix(field("store")?, 16).map_err(|_| damaged("store is no number"))?;
         let cluster = u64::from_str_radix(field("cluster")?, 16).map_err(|_| damaged("cluster is no number"))?;
-        Ok(Self { store: StoreId(store), cluster: ClusterId(cluster) })
+        let identity = Self { store: StoreId(store), cluster: ClusterId(cluster) };
+        if sum.is_none() {
+            // Written before there were checksums: a flipped bit is found from now on.
+            identity.save(folder).map_err(|source| OpenError::Io { path, source })?;
+        }
+        Ok(identity)
     }
 
     fn save(&self, folder: &Path) -> io::Result<()> {
-        let text = format!("format={FORMAT_VERSION}\nstore={}\ncluster={}\n", self.store, self.cluster);
+        let body = format!("format={FORMAT_VERSION}\nstore={}\ncluster={}\n", self.store, self.cluster);
+        let text = format!("{body}{}", checksum_line(&body));
         replace_file(folder, "identity", text.as_bytes())
     }
+}
+
+/// The last line of the identity: a flipped bit in it must not make a stranger of the store.
+fn checksum_line(body: &str) -> String {
+    format!("checksum={:016x}\n", checksum(body.as_bytes()))
 }
 
 /// Writes a file so that after a crash it has either its old or its new content.
