@@ -6,7 +6,7 @@ use tempfile::TempDir;
 
 use crate::connection::{Address, Connection};
 use crate::eventually::{PATIENCE, eventually_within};
-use crate::node::{Node, free_address};
+use crate::node::{Node, READY_TIMEOUT, free_address};
 
 /// A folder of its own for one test.
 pub fn temporary_directory() -> TempDir {
@@ -47,12 +47,15 @@ impl Server {
     }
 
     pub fn start_with<A: AsRef<str>>(options: &[A]) -> Server {
+        Server::start_in(options, &[])
+    }
+
+    /// In an environment of its own beside that of the tests.
+    pub fn start_in<A: AsRef<str>>(options: &[A], environment: &[(String, String)]) -> Server {
         let directory = temporary_directory();
         let data = directory.path().join("data");
-        let mut arguments =
-            vec!["server".to_owned(), "--listen".to_owned(), free_address(), "--data".to_owned(), text(&data)];
-        arguments.extend(options.iter().map(|option| option.as_ref().to_owned()));
-        let node = Node::start("server", directory.path(), &arguments);
+        let mut node = launch_server(directory.path(), &data, options, environment);
+        node.wait_ready(READY_TIMEOUT);
         wait_until_serving(&node.redis_address());
         Server { node, data, _directory: directory }
     }
@@ -146,7 +149,7 @@ impl Cluster {
 
     pub fn wait_until_serving(&mut self) {
         for node in self.stores.iter_mut().chain(self.gateways.iter_mut()) {
-            node.wait_ready(crate::node::READY_TIMEOUT);
+            node.wait_ready(READY_TIMEOUT);
         }
         for gateway in &self.gateways {
             wait_until_serving(&gateway.redis_address());
@@ -190,10 +193,23 @@ impl ClusterBuilder {
             })
             .collect();
         let mut cluster = Cluster { gateways, stores, master, master_address, directory };
-        cluster.master.wait_ready(crate::node::READY_TIMEOUT);
+        cluster.master.wait_ready(READY_TIMEOUT);
         cluster.wait_until_serving();
         cluster
     }
+}
+
+/// `vasto server` on a data folder; its log lies in `directory`.
+pub fn launch_server<A: AsRef<str>>(
+    directory: &Path,
+    data: &Path,
+    options: &[A],
+    environment: &[(String, String)],
+) -> Node {
+    let mut arguments =
+        vec!["server".to_owned(), "--listen".to_owned(), free_address(), "--data".to_owned(), text(data)];
+    arguments.extend(options.iter().map(|option| option.as_ref().to_owned()));
+    Node::launch_with("server", directory, &arguments, environment)
 }
 
 /// A master that makes keyspace `0` of so many shards when so many stores have come.

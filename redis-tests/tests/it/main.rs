@@ -8,6 +8,7 @@ mod commands;
 mod differential;
 mod faults;
 mod import;
+mod durability;
 mod known_differences;
 mod limits;
 mod process;
