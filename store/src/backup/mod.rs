@@ -224,7 +224,7 @@ fn all_served(map: &ShardMap) -> Result<Vec<Arc<Shard>>, BackupError> {
             Some(Entry::Serving(open)) if open.is_failed() => Err(not_served("it met an error of its disk")),
             Some(Entry::Serving(open)) => Ok(Arc::clone(open)),
             Some(Entry::Opening) | None => Err(not_served("it is being opened")),
-            Some(Entry::Failed(text)) => Err(not_served(text)),
+            Some(Entry::Closing(text) | Entry::Failed(text)) => Err(not_served(text)),
         }
     };
     keys.into_iter().map(served).collect()
