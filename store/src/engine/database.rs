@@ -39,7 +39,6 @@ const BATCH_HEAD_BYTES: usize = 12;
 const BATCH_ROW_BYTES: usize = 12;
 
 const LOG_EXTENSION: &str = "log";
-const TABLE_EXTENSION: &str = "sst";
 /// After a full disk RocksDB first writes out what its memtables hold: one that is full and then some.
 const ROOM_BYTES: u64 = 32 << 20;
 
