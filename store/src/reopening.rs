@@ -96,8 +96,6 @@ pub struct Reopening {
 struct Attempts {
     next: Instant,
     pause: Duration,
-    /// The error that was logged.
-    logged: String,
 }
 
 impl Reopening {
@@ -188,11 +186,17 @@ impl Reopening {
                 return;
             }
             // A record may have opened it meanwhile, or taken it away.
-            let Some(Entry::Failed(_)) = shards.current().entry(key) else { continue };
+            let Some(Entry::Failed(known)) = shards.current().entry(key).cloned() else { continue };
             let Some(record) = records.get(&key.keyspace) else { continue };
             match opener.open(record, key) {
                 Ok(()) => tracing::info!(shard = %key, "shard is open again"),
-                Err(error) => attempts.failed(key, &error),
+                Err(error) => {
+                    attempts.failed(&error);
+                    // One line an error, not one an attempt.
+                    if !known.ends_with(&error.to_string()) {
+                        tracing::error!(shard = %key, %error, "shard cannot be opened; it is tried further on");
+                    }
+                }
             }
         }
     }
@@ -200,10 +204,10 @@ impl Reopening {
 
 impl Attempts {
     fn beginning(next: Instant) -> Self {
-        Self { next, pause: PAUSE_MIN, logged: String::new() }
+        Self { next, pause: PAUSE_MIN }
     }
 
-    fn failed(&mut self, key: ShardKey, error: &EngineError) {
+    fn failed(&mut self, error: &EngineError) {
         let now = Instant::now();
         match error {
             EngineError::Full(_) => self.next = now + PAUSE_FULL,
@@ -215,11 +219,6 @@ impl Attempts {
                 self.next = now + self.pause;
                 self.pause = (self.pause * 2).min(PAUSE_MAX);
             }
-        }
-        let text = error.to_string();
-        if self.logged != text {
-            tracing::error!(shard = %key, error = text, "shard cannot be opened again; it is tried further on");
-            self.logged = text;
         }
     }
 }

@@ -350,7 +350,9 @@ impl Executor {
             ) => {
                 shard.meet(&error);
                 answers.truncate(answers_start);
-                self.answer_unknown(session, group, &format!("shard {}: {error}", shard.key), answers);
+                // What the shard suffers from names the file; this error may be but its echo.
+                let reason = shard.trouble().unwrap_or_else(|| error.to_string());
+                self.answer_unknown(session, group, &format!("shard {}: {reason}", shard.key), answers);
             }
         }
     }
@@ -599,19 +601,26 @@ impl Executor {
         }
     }
 
-    /// The group's writes may or may not be in the log. What only reads has seen them, perhaps, and is refused: it will be sent again.
+    /// The group's writes may or may not be in the log. What only reads may have seen them and is refused, so that it is sent again;
+    /// not before a write of its own connection, behind which it would come to stand.
     fn answer_unknown(&mut self, session: &Shared, group: &Group, text: &str, answers: &mut Vec<u8>) {
-        let mut next = group.first;
-        while next != END {
-            let operation = &self.operations[next as usize];
-            next = operation.next;
+        let first = (group.first != END).then_some(group.first);
+        let next = |index: &u32| Some(self.operations[*index as usize].next).filter(|next| *next != END);
+        let operations: Vec<u32> = std::iter::successors(first, next).collect();
+        let mut writing: Vec<u32> = Vec::new();
+        for index in operations.into_iter().rev() {
+            let operation = &self.operations[index as usize];
+            let head = &operation.head;
             if operation.fate != Fate::Answered {
                 continue;
             }
             if operation.writes {
-                write_answer(answers, operation.head.id, Outcome::Unknown, text.as_bytes());
+                writing.push(head.connection);
+            }
+            if writing.contains(&head.connection) {
+                write_answer(answers, head.id, Outcome::Unknown, text.as_bytes());
             } else {
-                refuse(session, answers, &operation.head, &(Outcome::NotServing, text.to_owned()));
+                refuse(session, answers, head, &(Outcome::NotServing, text.to_owned()));
             }
         }
     }
