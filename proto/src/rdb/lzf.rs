@@ -9,6 +9,8 @@
 //! The compressor chooses as the one in redis-server does (liblzf 3 with a table of 2^16 places, "very fast"), so that DUMP answers the
 //! same bytes: where it hashes, where it looks, and even where it stops looking are part of the format for us.
 
+use std::cell::RefCell;
+
 const HASH_PLACES: usize = 1 << 16;
 const LITERALS_MAX: usize = 1 << 5;
 const DISTANCE_MAX: usize = 1 << 13;
@@ -58,13 +60,30 @@ impl Output {
     }
 }
 
+thread_local! {
+    /// Where each hash was seen last; all 0 = never between two calls. To make and clear 256 KiB anew costs more than to compress a short
+    /// value.
+    static SEEN: RefCell<Box<[u32]>> = RefCell::new(vec![0; HASH_PLACES].into());
+}
+
 /// Compresses; `None` if the result would not fit in `bytes_max` bytes, nearly: like Redis it gives up some bytes early.
 pub fn compress(input: &[u8], bytes_max: usize) -> Option<Vec<u8>> {
     if input.len() < INPUT_BYTES_MIN || u32::try_from(input.len()).is_err() {
         return None;
     }
-    // 0 = never seen. So is a match at the very start of the input, which Redis does not use either.
-    let mut seen = vec![0u32; HASH_PLACES];
+    SEEN.with_borrow_mut(|seen| {
+        let compressed = compress_with(seen, input, bytes_max);
+        if input.len() < HASH_PLACES {
+            input.windows(3).for_each(|bytes| seen[place(bytes)] = 0);
+        } else {
+            seen.fill(0);
+        }
+        compressed
+    })
+}
+
+/// `seen` is all 0 at first. A match at the very start of the input looks like that too; Redis does not use it either.
+fn compress_with(seen: &mut [u32], input: &[u8], bytes_max: usize) -> Option<Vec<u8>> {
     let mut out = Output { bytes: Vec::new(), bytes_max, literals: 0 };
     out.start_run();
     let hashes_end = input.len() - 2;
@@ -237,6 +256,17 @@ mod tests {
             (prop::collection::vec(any::<u8>(), 1..40), 1usize..400).prop_map(|(part, count)| part.repeat(count)),
             (any::<u8>(), 0usize..70_000).prop_map(|(byte, count)| vec![byte; count]),
         ]
+    }
+
+    #[test]
+    fn a_value_leaves_nothing_behind_for_the_next() {
+        let (long, short) = (b"abcdefgh".repeat(10_000), b"abcdefgh".repeat(4));
+        let expected = compress(&short, 100);
+        for input in [&long[..], &short, &long[..60_000], &[7; 70_000]] {
+            compress(input, input.len());
+            assert_eq!(compress(&short, 100), expected);
+        }
+        SEEN.with_borrow(|seen| assert!(seen.iter().all(|place| *place == 0)));
     }
 
     proptest! {
