@@ -163,7 +163,14 @@ pub fn keyspace_help(context: &mut Context<'_>, _args: Args<'_>) -> Result<Next,
     help(
         context,
         "KEYSPACE",
-        &["LIST", "    All keyspaces.", "INFO <name>", "    One keyspace with its shards and who serves them."],
+        &[
+            "COMPACT <name>",
+            "    Rewrites the files of a keyspace without its dead rows; answers when it is done.",
+            "INFO <name>",
+            "    One keyspace with its shards and who serves them.",
+            "LIST",
+            "    All keyspaces.",
+        ],
     )
 }
 

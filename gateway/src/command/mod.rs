@@ -1,6 +1,7 @@
 //! The commands that the gateway answers itself, and the table that leads from a row to its handler.
 
 pub mod client;
+pub mod compaction;
 pub mod config;
 pub mod connection;
 pub mod container;

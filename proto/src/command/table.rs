@@ -74,6 +74,8 @@ macro_rules! store_commands {
             InternalExec "_exec" -2 [WRITE INTERNAL] (0 0 0) OneShard transaction::exec "internal" "0.1.0" "A transaction on one shard.";
             // `_stats` answers an array with one map of names and integers.
             InternalStats "_stats" 1 [READONLY WALKS INTERNAL] (0 0 0) AllShards(Concat) keyspace::stats "internal" "0.1.0" "Figures of a shard.";
+            // `_compact` rewrites a shard's files and answers OK when it is done.
+            InternalCompact "_compact" 1 [READONLY WALKS INTERNAL] (0 0 0) AllShards(AllOk) keyspace::compact "internal" "0.1.0" "Takes back the space of a shard's dead rows.";
         }
     };
 }
@@ -155,6 +157,7 @@ macro_rules! gateway_commands {
             KeyspaceHelp "keyspace|help" 2 [LOADING STALE] (0 0 0) Here container::keyspace_help "vasto" "0.1.0" "Lists the subcommands.";
             KeyspaceList "keyspace|list" 2 [LOADING STALE] (0 0 0) Here topology::keyspace_list "vasto" "0.1.0" "Lists the keyspaces.";
             KeyspaceInfo "keyspace|info" 3 [LOADING STALE] (0 0 0) Here topology::keyspace_info "vasto" "0.1.0" "Describes a keyspace.";
+            KeyspaceCompact "keyspace|compact" 3 [ADMIN NOSCRIPT] (0 0 0) Here compaction::keyspace_compact "vasto" "0.1.0" "Rewrites the files of a keyspace without its dead rows.";
         }
     };
 }

@@ -487,6 +487,14 @@ pub fn stats(context: &mut Context<'_>, args: Args<'_>) -> Result<(), Failure> {
     Ok(())
 }
 
+/// `_compact`
+pub fn compact(context: &mut Context<'_>, args: Args<'_>) -> Result<(), Failure> {
+    args.end()?;
+    context.shard().compact();
+    context.reply().ok();
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]

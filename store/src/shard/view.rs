@@ -53,6 +53,11 @@ impl<'a> ShardView<'a> {
         self.shard.database.live_bytes()
     }
 
+    /// Rewrites the shard's files without its dead rows; blocks until it is done.
+    pub fn compact(&self) {
+        self.shard.database.compact();
+    }
+
     pub fn memtable_bytes(&self) -> u64 {
         self.shard.database.memtable_bytes()
     }
