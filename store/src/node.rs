@@ -1,7 +1,7 @@
 //! A store's life: its data folder (lock, identity, records), its shards and threads, from open to close.
 
 use crate::config::{Config, Limits};
-use crate::engine::garbage::Rules;
+use crate::engine::garbage::{ONLY_COPY, Rules, UNKNOWN_COPIES};
 use crate::engine::{Engine, EngineError};
 use crate::rpc;
 use crate::shard::Shard;
@@ -334,7 +334,7 @@ impl Node {
     fn open_shards(&self, record: &KeyspaceRecord) -> Result<(), PutRecordError> {
         let shards = &self.core.shards;
         let table = SlotTable::new(record.shard_count());
-        let is_only_copy = record.copies == 1;
+        let replicated_ns = if record.copies == 1 { ONLY_COPY } else { UNKNOWN_COPIES };
         let mut result = Ok(());
         let own: Vec<_> = record.shards_of(self.id).collect();
         for key in shards.current().keys() {
@@ -345,13 +345,13 @@ impl Node {
         for (shard, described) in own {
             let key = ShardKey { keyspace: record.id, shard };
             if let Some(Entry::Serving(open)) = shards.current().entry(key) {
-                open.database.garbage().set_is_only_copy(is_only_copy);
+                open.database.garbage().set_replicated_ns(replicated_ns);
                 open.set_epoch(described.epoch);
                 continue;
             }
             shards.set(key, Some(Entry::Opening));
             let path = self.config.data.join("shards").join(format!("{}-{}", key.keyspace, key.shard));
-            let rules = Rules { grace: self.config.gc_grace, is_only_copy };
+            let rules = Rules { grace: self.config.gc_grace, replicated_ns };
             let opened =
                 self.core.engine.open(&path, rules).and_then(|database| {
                     Shard::new(key, described.epoch, self.id, &table, database, self.config.fsync)

@@ -225,6 +225,7 @@ mod tests {
             stamp: Stamp::default(),
             expires_at_ms: 0,
             changed_in_place,
+            written_at_ns: 0,
         };
         for (value, in_place, expected) in [
             ("1", false, "int"),

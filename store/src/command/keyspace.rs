@@ -475,6 +475,8 @@ pub fn stats(context: &mut Context<'_>, args: Args<'_>) -> Result<(), Failure> {
             ("disk_bytes", view.disk_bytes()),
             ("memtable_bytes", view.memtable_bytes()),
             ("block_cache_bytes", view.block_cache_bytes()),
+            ("rows_expired_by_compaction", view.rows_expired_by_compaction()),
+            ("tombstones_dropped", view.tombstones_dropped()),
         ]
     };
     let mut reply = context.reply();

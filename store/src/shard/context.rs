@@ -141,14 +141,20 @@ impl<'a> Context<'a> {
             stamp: Stamp::default(),
             expires_at_ms: put.expires_at_ms,
             changed_in_place: put.changed_in_place,
+            written_at_ns: 0,
         };
         self.write(key, header, put.value)
     }
 
     /// Writes a tombstone.
     pub fn delete(&mut self, key: &[u8]) -> Result<(), Failure> {
-        let header =
-            Header { kind: RowKind::Tombstone, stamp: Stamp::default(), expires_at_ms: 0, changed_in_place: false };
+        let header = Header {
+            kind: RowKind::Tombstone,
+            stamp: Stamp::default(),
+            expires_at_ms: 0,
+            changed_in_place: false,
+            written_at_ns: 0,
+        };
         self.write(key, header, &[])
     }
 

@@ -157,8 +157,8 @@ impl Shard {
                 tracing::warn!(shard = %self.key, %error, "cannot raise the bound of the stamps ahead of time");
             }
         }
-        if let Err(error) = self.database.save_dropped() {
-            tracing::warn!(shard = %self.key, %error, "cannot save the largest dropped stamp");
+        if let Err(error) = self.database.release_tombstones() {
+            tracing::warn!(shard = %self.key, %error, "cannot note which tombstones may go; they stay for now");
         }
     }
 }
