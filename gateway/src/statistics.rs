@@ -42,6 +42,7 @@ pub const ERROR_WORDS: &[&str] = &[
     "CROSSSLOT",
     "CLUSTERDOWN",
     "UNKNOWN",
+    "TOOOLD",
     "NOPROTO",
     "WRONGPASS",
     "NOAUTH",

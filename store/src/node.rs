@@ -127,7 +127,10 @@ impl Store {
         let records = load_records(folder)?;
         let core = Arc::new(Core {
             engine: Engine::new(&config)?,
-            limits: Limits { proto_max_bulk_len: config.proto_max_bulk_len },
+            limits: Limits {
+                proto_max_bulk_len: config.proto_max_bulk_len,
+                max_clock_skew_ms: u64::try_from(config.max_clock_skew.as_millis()).unwrap_or(u64::MAX),
+            },
             stripes: Stripes::new(config.memory.row_cache_bytes),
             shards: Shards::default(),
             pool: LanePool::default(),

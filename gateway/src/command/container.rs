@@ -42,6 +42,8 @@ pub fn object_help(context: &mut Context<'_>, _args: Args<'_>) -> Result<Next, C
         &[
             "ENCODING <key>",
             "    How Redis would keep the value.",
+            "EVENTTIME <key>",
+            "    The event time of the key's row, in Unix nanoseconds.",
             "FREQ <key>",
             "    Answers that no LFU policy is chosen.",
             "IDLETIME <key>",

@@ -2,6 +2,8 @@
 
 pub mod context;
 pub mod durability;
+#[cfg(test)]
+mod event_time_tests;
 pub mod executor;
 pub mod gate;
 pub mod lane;

@@ -60,6 +60,7 @@ scripts! {
     command
     connection
     counters
+    event_time
     expiry
     keys
     many_keys
