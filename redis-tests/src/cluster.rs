@@ -6,7 +6,7 @@ use tempfile::TempDir;
 
 use crate::connection::{Address, Connection};
 use crate::eventually::{PATIENCE, eventually_within};
-use crate::node::{Node, free_address};
+use crate::node::{Node, READY_TIMEOUT, free_address};
 
 /// A folder of its own for one test.
 pub fn temporary_directory() -> TempDir {
@@ -47,12 +47,18 @@ impl Server {
     }
 
     pub fn start_with<A: AsRef<str>>(options: &[A]) -> Server {
+        Server::start_in(options, &[])
+    }
+
+    /// With more variables in the environment of the process.
+    pub fn start_in<A: AsRef<str>>(options: &[A], environment: &[(String, String)]) -> Server {
         let directory = temporary_directory();
         let data = directory.path().join("data");
         let mut arguments =
             vec!["server".to_owned(), "--listen".to_owned(), free_address(), "--data".to_owned(), text(&data)];
         arguments.extend(options.iter().map(|option| option.as_ref().to_owned()));
-        let node = Node::start("server", directory.path(), &arguments);
+        let mut node = Node::launch_in("server", directory.path(), &arguments, environment);
+        node.wait_ready(READY_TIMEOUT);
         wait_until_serving(&node.redis_address());
         Server { node, data, _directory: directory }
     }

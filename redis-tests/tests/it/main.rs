@@ -5,6 +5,7 @@
 mod clients;
 mod commands;
 mod differential;
+mod event_times;
 mod known_differences;
 mod limits;
 mod process;
@@ -12,3 +13,4 @@ mod protocol;
 mod restart;
 mod scan;
 mod tidy;
+mod time_to_live;
