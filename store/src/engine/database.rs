@@ -206,7 +206,8 @@ impl Database {
         )?)
     }
 
-    /// Rewrites all files, dropping what may be dropped; twice if tombstones may go that nobody had noted.
+    /// Rewrites all files, dropping what may be dropped; twice if tombstones may go that nobody had noted. The log is cut too: it has
+    /// what the files lose, and the small column families would hold it back.
     pub fn compact(&self) {
         let rewrite =
             || self.db.compact_range_cf_opt(self.family(KEYS), None::<&[u8]>, None::<&[u8]>, &compact_all_options());
@@ -215,6 +216,9 @@ impl Database {
             Ok(true) => rewrite(),
             Ok(false) => {}
             Err(error) => tracing::warn!(%error, "cannot note which tombstones may go; they stay for now"),
+        }
+        if let Err(error) = self.flush() {
+            tracing::warn!(%error, "cannot write the memtables out; the log keeps its length");
         }
     }
 
