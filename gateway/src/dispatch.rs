@@ -105,7 +105,7 @@ fn resolve(line: CommandLine<'_>) -> Result<Command, Refusal> {
         command = table::find_subcommand(spec, line.word(1)).ok_or_else(unknown)?;
         spec = command.spec();
     }
-    if spec.accepts_count(line.len()) {
+    if spec.accepts(line.len(), |place| line.word(place)) {
         return Ok(command);
     }
     let text = error::wrong_arity(spec.name).text().as_bytes().to_vec();

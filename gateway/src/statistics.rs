@@ -43,6 +43,7 @@ pub const ERROR_WORDS: &[&str] = &[
     "CLUSTERDOWN",
     "UNKNOWN",
     "MISCONF",
+    "TOOOLD",
     "NOPROTO",
     "WRONGPASS",
     "NOAUTH",

@@ -86,6 +86,22 @@ pub fn writes_refused(shard: ShardKey, reason: &str) -> CommandError {
     format!("MISCONF Errors writing to shard {shard}: {}; nothing was executed", single_line(reason)).into()
 }
 
+/// DEL with an event time: the route splits a list of keys, and each of them would need a time of its own.
+pub const EVENT_TIME_OF_SEVERAL: CommandError =
+    CommandError::fixed("ERR EVENTTIME goes with one key; nothing was written");
+/// A tombstone of this key may have been dropped that is newer than the event time.
+pub const EVENT_TIME_TOO_OLD: CommandError = CommandError::fixed(
+    "TOOOLD the key has no row and the event time is not above those of deletions that are forgotten; nothing was written",
+);
+
+pub fn event_time_ahead(ahead_ms: u64, max_clock_skew_ms: u64) -> CommandError {
+    format!(
+        "ERR the event time is {ahead_ms} ms ahead of the store's clock, max-clock-skew is {max_clock_skew_ms} ms; \
+         nothing was written"
+    )
+    .into()
+}
+
 /// What a client sent as Redis quotes it in an error text, by C's `%s`: up to the first NUL. Bytes that are no UTF-8 become U+FFFD.
 pub fn printed(word: &[u8]) -> Cow<'_, str> {
     String::from_utf8_lossy(&word[..memchr::memchr(0, word).unwrap_or(word.len())])

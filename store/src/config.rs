@@ -50,6 +50,8 @@ pub struct Config {
     pub proto_max_bulk_len: usize,
     /// How long a tombstone is remembered.
     pub gc_grace: Duration,
+    /// How far an event time that a client gives may lie ahead of the store's clock.
+    pub max_clock_skew: Duration,
     pub fsync: Fsync,
     /// Files that RocksDB keeps open per shard; -1 = all.
     pub max_open_files: i32,
@@ -70,6 +72,7 @@ impl Default for Config {
             memory: MemoryConfig::default(),
             proto_max_bulk_len: 512 << 20,
             gc_grace: Duration::from_secs(3600),
+            max_clock_skew: Duration::from_millis(500),
             fsync: Fsync::default(),
             max_open_files: 1024,
             background_jobs: 4,
@@ -82,4 +85,5 @@ impl Default for Config {
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
     pub proto_max_bulk_len: usize,
+    pub max_clock_skew_ms: u64,
 }

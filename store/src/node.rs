@@ -2,6 +2,7 @@
 
 use crate::backup::Backups;
 use crate::config::{Config, Limits};
+use crate::engine::garbage::replicated_ns;
 use crate::engine::{Engine, EngineError};
 use crate::reopening::{Opener, Reopening};
 use crate::rpc;
@@ -130,7 +131,10 @@ impl Store {
         let records = load_records(folder)?;
         let core = Arc::new(Core {
             engine: Engine::new(&config)?,
-            limits: Limits { proto_max_bulk_len: config.proto_max_bulk_len },
+            limits: Limits {
+                proto_max_bulk_len: config.proto_max_bulk_len,
+                max_clock_skew_ms: u64::try_from(config.max_clock_skew.as_millis()).unwrap_or(u64::MAX),
+            },
             stripes: Stripes::new(config.memory.row_cache_bytes),
             shards: Shards::default(),
             pool: LanePool::default(),
@@ -374,7 +378,7 @@ impl Node {
             let key = ShardKey { keyspace: record.id, shard };
             let opened = match shards.current().entry(key) {
                 Some(Entry::Serving(open)) => {
-                    open.database.garbage().set_is_only_copy(record.copies == 1);
+                    open.database.garbage().set_replicated_ns(replicated_ns(record.copies));
                     open.set_epoch(described.epoch);
                     continue;
                 }

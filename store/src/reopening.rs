@@ -4,7 +4,7 @@
 
 use crate::config::Config;
 use crate::engine::EngineError;
-use crate::engine::garbage::Rules;
+use crate::engine::garbage::{Rules, replicated_ns};
 use crate::node::{Records, shard_folder};
 use crate::shard::Shard;
 use crate::shard::alarm::Woken;
@@ -62,7 +62,7 @@ impl Opener {
         };
         shards.set(key, Some(Entry::Opening));
         let folder = self.folder(key);
-        let rules = Rules { grace: self.config.gc_grace, is_only_copy: record.copies == 1 };
+        let rules = Rules { grace: self.config.gc_grace, replicated_ns: replicated_ns(record.copies) };
         let table = SlotTable::new(record.shard_count());
         let opened = self.core.engine.open(&folder, rules).and_then(|database| {
             Shard::new(key, described.epoch, self.store, &table, database, self.config.fsync, &self.core.alarm)

@@ -249,6 +249,10 @@ pub struct StorageOptions {
     /// Seconds for which deletions are remembered at least.
     #[arg(long, value_name = "SECONDS", default_value_t = 3600)]
     pub gc_grace: u64,
+
+    /// Milliseconds by which an event time that a client gives (EVENTTIME) may be ahead of the store's clock.
+    #[arg(long, value_name = "MILLISECONDS", default_value_t = 500)]
+    pub max_clock_skew: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -370,6 +374,7 @@ mod tests {
         assert_eq!(storage.background_rate.0 as u64, store.background_bytes_per_second);
         assert_eq!(i32::from(storage.max_open_files), store.max_open_files);
         assert_eq!(storage.gc_grace, store.gc_grace.as_secs());
+        assert_eq!(u128::from(storage.max_clock_skew), store.max_clock_skew.as_millis());
         assert_eq!((storage.fsync, store.fsync), (FsyncChoice::Everysec, vasto_store::Fsync::EverySecond));
     }
 }

@@ -42,6 +42,8 @@ pub fn object_help(context: &mut Context<'_>, _args: Args<'_>) -> Result<Next, C
         &[
             "ENCODING <key>",
             "    How Redis would keep the value.",
+            "EVENTTIME <key>",
+            "    The event time of the key's row, in Unix nanoseconds.",
             "FREQ <key>",
             "    Answers that no LFU policy is chosen.",
             "IDLETIME <key>",
@@ -163,7 +165,14 @@ pub fn keyspace_help(context: &mut Context<'_>, _args: Args<'_>) -> Result<Next,
     help(
         context,
         "KEYSPACE",
-        &["LIST", "    All keyspaces.", "INFO <name>", "    One keyspace with its shards and who serves them."],
+        &[
+            "COMPACT <name>",
+            "    Rewrites the files of a keyspace without its dead rows; answers when it is done.",
+            "INFO <name>",
+            "    One keyspace with its shards and who serves them.",
+            "LIST",
+            "    All keyspaces.",
+        ],
     )
 }
 

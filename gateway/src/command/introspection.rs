@@ -102,7 +102,7 @@ struct KeySpec {
 fn key_flags(name: &str) -> &'static [&'static str] {
     match name {
         "strlen" | "exists" | "touch" | "type" | "watch" | "memory|usage" => &["RO"],
-        "object|encoding" | "object|refcount" | "object|idletime" | "object|freq" => &["RO"],
+        "object|encoding" | "object|refcount" | "object|idletime" | "object|freq" | "object|eventtime" => &["RO"],
         "set" => &["RW", "access", "update", "variable_flags"],
         "setnx" | "msetnx" => &["OW", "insert"],
         "setex" | "psetex" | "mset" | "restore" => &["OW", "update"],
@@ -331,9 +331,10 @@ fn keys_of_line<'a>(args: Args<'a>) -> Result<Vec<KeyUse<'a>>, CommandError> {
     if spec.keys == Keys::NONE {
         return Err(CommandError::fixed("ERR The command has no key arguments"));
     }
-    if !spec.accepts_count(words.len()) {
+    if !spec.accepts(words.len(), |place| words[place]) {
         return Err(CommandError::fixed("ERR Invalid number of arguments specified for command"));
     }
+    let before_event_time = spec.words_before_event_time(words.len(), |place| words[place]);
     let specs = key_specs(spec);
     // The one command here whose use of its key depends on its options.
     let set_reads = words[1..].iter().skip(2).any(|word| word.eq_ignore_ascii_case(b"get"));
@@ -344,7 +345,7 @@ fn keys_of_line<'a>(args: Args<'a>) -> Result<Vec<KeyUse<'a>>, CommandError> {
         let own = specs.iter().rev().find(|keys| usize::try_from(keys.first).is_ok_and(|first| first <= place));
         own.map_or(&[][..], |keys| keys.flags)
     };
-    Ok(spec.key_positions(words.len()).map(|place| (words[place], flags(place))).collect())
+    Ok(spec.key_positions(before_event_time).map(|place| (words[place], flags(place))).collect())
 }
 
 pub fn getkeys(context: &mut Context<'_>, args: Args<'_>) -> Result<Next, CommandError> {
@@ -386,6 +387,10 @@ mod tests {
             > COMMAND GETKEYS ping a / < -ERR The command has no key arguments
             > COMMAND GETKEYS mset a b c d / < ["a", "c"]
             > COMMAND GETKEYS object encoding k / < ["k"]
+            > COMMAND GETKEYS del a EVENTTIME 5 / < ["a"]
+            > COMMAND GETKEYS del a EVENTTIME b / < ["a", "EVENTTIME", "b"]
+            > COMMAND GETKEYS setex a 1 v EVENTTIME 5 / < ["a"]
+            > COMMAND GETKEYS object eventtime k / < ["k"]
             > COMMAND GETKEYS client foo / < -ERR Invalid command specified
             > COMMAND GETKEYSANDFLAGS mset a b c d / < [["a", ~[+OW, +update]], ["c", ~[+OW, +update]]]
             > COMMAND GETKEYSANDFLAGS set a b / < [["a", ~[+OW, +update]]]

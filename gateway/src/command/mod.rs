@@ -2,6 +2,7 @@
 
 pub mod backup;
 pub mod client;
+pub mod compaction;
 pub mod config;
 pub mod connection;
 pub mod container;

@@ -120,22 +120,26 @@ pub fn keyspace_list(context: &mut Context<'_>, _args: Args<'_>) -> Result<Next,
     Ok(Next::Replied)
 }
 
+/// The keyspace that a command names.
+pub fn named_keyspace<'c>(context: &'c Context<'_>, name: &[u8]) -> Result<&'c KeyspaceRecord, CommandError> {
+    context.routing.snapshot.keyspaces.iter().find(|keyspace| keyspace.name.as_bytes() == name).ok_or_else(|| {
+        let text = format!("ERR no such keyspace '{}'", String::from_utf8_lossy(name));
+        vasto_proto::error::single_line(&text).into_owned().into()
+    })
+}
+
 /// One map, with the shards as an array of maps in it.
 pub fn keyspace_info(context: &mut Context<'_>, mut args: Args<'_>) -> Result<Next, CommandError> {
-    let name = args.bytes()?;
+    let keyspace = named_keyspace(context, args.bytes()?)?.clone();
     let snapshot = &context.routing.snapshot;
-    let Some(keyspace) = snapshot.keyspaces.iter().find(|keyspace| keyspace.name.as_bytes() == name) else {
-        let text = format!("ERR no such keyspace '{}'", String::from_utf8_lossy(name));
-        return Err(vasto_proto::error::single_line(&text).into_owned().into());
-    };
     let mut reply = ReplyWriter::new(context.reply);
     reply.map(KEYSPACE_FIELDS + 1);
-    write_keyspace(&mut reply, keyspace);
+    write_keyspace(&mut reply, &keyspace);
     reply.bulk(b"layout");
     reply.array(keyspace.shards.len());
     for shard in 0..keyspace.shards.len() {
         reply.map(SHARD_FIELDS);
-        write_shard(&mut reply, snapshot, keyspace, shard);
+        write_shard(&mut reply, snapshot, &keyspace, shard);
     }
     Ok(Next::Replied)
 }

@@ -183,7 +183,12 @@ fn target(
 fn keys<'a>(spec: &CommandSpec, arguments: Arguments<'a>) -> impl Iterator<Item = &'a [u8]> {
     debug_assert!(spec.keys != Keys::NONE, "{} has keys", spec.name);
     let words = spec.name_words();
-    let mut positions = spec.key_positions(words + arguments.len()).peekable();
+    let word = |place: usize| {
+        let mut ahead = arguments;
+        ahead.nth(place - words).unwrap_or_default()
+    };
+    let before_event_time = spec.words_before_event_time(words + arguments.len(), word);
+    let mut positions = spec.key_positions(before_event_time).peekable();
     arguments.enumerate().filter_map(move |(place, argument)| positions.next_if_eq(&(words + place)).map(|_| argument))
 }
 

@@ -37,7 +37,7 @@ pub fn plan(
     }
     match spec.route {
         Route::OneShard => one_shard(spec, line, keyspace),
-        Route::Split(merge) => Ok(split(spec, line, keyspace, merge)),
+        Route::Split(merge) => split(spec, line, keyspace, merge),
         Route::AllShards(merge) => Ok(everywhere(keyspace.shard_keys(), merge)),
         Route::AllKeyspaces(merge) => {
             Ok(everywhere(routing.keyspaces().flat_map(|keyspace| keyspace.shard_keys()), merge))
@@ -57,12 +57,22 @@ fn one_shard(spec: &CommandSpec, line: CommandLine<'_>, keyspace: &KeyspaceRoute
     Ok(Plan::One(keyspace.shard_key(shard)))
 }
 
-fn split(spec: &CommandSpec, line: CommandLine<'_>, keyspace: &KeyspaceRoutes, merge: Merge) -> Plan {
+fn split(
+    spec: &CommandSpec,
+    line: CommandLine<'_>,
+    keyspace: &KeyspaceRoutes,
+    merge: Merge,
+) -> Result<Plan, CommandError> {
     if keyspace.record.shards.len() == 1 {
-        return Plan::One(keyspace.shard_keys().next().expect("a keyspace has a shard"));
+        return Ok(Plan::One(keyspace.shard_keys().next().expect("a keyspace has a shard")));
+    }
+    let words = spec.words_before_event_time(line.len(), |place| line.word(place));
+    // The share of a shard is a list of keys alone: an event time travels with the whole line, to the shard of its one key.
+    if words < line.len() && spec.key_positions(words).nth(1).is_some() {
+        return Err(error::EVENT_TIME_OF_SEVERAL);
     }
     let mut parts: Vec<Part> = Vec::new();
-    for (group, position) in spec.key_positions(line.len()).enumerate() {
+    for (group, position) in spec.key_positions(words).enumerate() {
         let target = keyspace.shard_key(keyspace.shard_of_key(line.word(position)));
         let part = match parts.iter().position(|part| part.target == target) {
             Some(index) => &mut parts[index],
@@ -73,10 +83,10 @@ fn split(spec: &CommandSpec, line: CommandLine<'_>, keyspace: &KeyspaceRoutes, m
         };
         part.groups.as_mut().expect("shares of a split have groups").push(group as u32);
     }
-    match parts.as_slice() {
+    Ok(match parts.as_slice() {
         [only] => Plan::One(only.target),
         _ => Plan::Many { parts, merge },
-    }
+    })
 }
 
 fn everywhere(targets: impl Iterator<Item = ShardKey>, merge: Merge) -> Plan {
@@ -142,6 +152,15 @@ mod tests {
         for text in ["MSET a 1 b", "MSETNX a 1 b 2 c"] {
             assert!(plan_of(text, 3).is_err_and(|error| error.text().contains("wrong number of arguments")), "{text}");
         }
+    }
+
+    #[test]
+    fn an_event_time_goes_to_the_shard_of_its_key() {
+        let shard = plan_of("GET a", 7).unwrap();
+        assert_eq!(plan_of("DEL a EVENTTIME 5", 7), Ok(shard));
+        assert!(matches!(plan_of("SETEX a 1 v EVENTTIME 5", 7), Ok(Plan::One(_))));
+        assert_eq!(plan_of("UNLINK {a}1 {a}2 EVENTTIME 5", 7), Err(error::EVENT_TIME_OF_SEVERAL));
+        assert_eq!(groups(plan_of("DEL a EVENTTIME b", 7).unwrap()).concat().len(), 3);
     }
 
     #[test]

@@ -40,6 +40,8 @@ flags! {
     INTERNAL = 17, "";
     /// Walks many rows: always runs in the store's blocking lane.
     WALKS = 18, "";
+    /// Its line may end in `EVENTTIME unix-ns`, two words that its arity and its keys do not count.
+    EVENT_TIME = 19, "";
 }
 
 impl Flags {
@@ -72,6 +74,9 @@ pub struct Keys {
 impl Keys {
     pub const NONE: Keys = Keys { first: 0, last: 0, step: 0 };
 }
+
+/// `EVENTTIME` and the time.
+const EVENT_TIME_WORDS: usize = 2;
 
 /// How the answers of several shards become one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -132,6 +137,24 @@ impl CommandSpec {
         if self.arity < 0 { count >= arity } else { count == arity }
     }
 
+    /// As [`CommandSpec::accepts_count`], an event time at the end not counted. `word` gives the line's words by position.
+    pub fn accepts<'a>(&self, count: usize, word: impl Fn(usize) -> &'a [u8]) -> bool {
+        self.accepts_count(count) || self.accepts_count(self.words_before_event_time(count, word))
+    }
+
+    /// How many words of a command line stand before an event time at its end; all of them if it has none.
+    ///
+    /// `DEL a EVENTTIME b` is three keys, as in Redis: behind a list of keys only digits are a time, and only if a key stands before.
+    pub fn words_before_event_time<'a>(&self, count: usize, word: impl Fn(usize) -> &'a [u8]) -> usize {
+        let least = usize::from(self.arity.unsigned_abs()) + EVENT_TIME_WORDS;
+        if !self.flags.contains(Flags::EVENT_TIME) || count < least {
+            return count;
+        }
+        let time = word(count - 1);
+        let is_time = self.arity > 0 || !time.is_empty() && time.iter().all(u8::is_ascii_digit);
+        if is_time && word(count - 2).eq_ignore_ascii_case(b"EVENTTIME") { count - EVENT_TIME_WORDS } else { count }
+    }
+
     /// Positions of the keys in a command line of `count` words, the name being word 0.
     pub fn key_positions(&self, count: usize) -> impl Iterator<Item = usize> + use<> {
         let last = if self.keys.last < 0 {
@@ -142,5 +165,38 @@ impl CommandSpec {
         let first = self.keys.first as usize;
         let range = if first == 0 || count == 0 { 1..1 } else { first..last.min(count - 1) + 1 };
         range.step_by(usize::from(self.keys.step.unsigned_abs()).max(1))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::command::table;
+
+    #[test]
+    fn an_event_time_at_the_end_is_neither_a_key_nor_counted() {
+        for (line, keys) in [
+            ("del a EVENTTIME 5", Some(1)),
+            ("unlink a eventtime 5", Some(1)),
+            ("del a b EVENTTIME 5", Some(2)),
+            ("del a EVENTTIME b", Some(3)),
+            ("del a EVENTTIME -5", Some(3)),
+            ("del EVENTTIME 5", Some(2)),
+            ("del a EVENTTIME", Some(2)),
+            ("exists a EVENTTIME 5", Some(3)),
+            ("setex a 1 v", Some(1)),
+            ("setex a 1 v EVENTTIME x", Some(1)),
+            ("setex a 1 v EVENTTIM 5", None),
+            ("setex a 1 EVENTTIME 5", None),
+            ("setex a 1 v w EVENTTIME 5", None),
+            ("persist a EVENTTIME 5", Some(1)),
+            ("persist a b", None),
+            ("getset a v EVENTTIME 5", None),
+        ] {
+            let words: Vec<&[u8]> = line.split(' ').map(str::as_bytes).collect();
+            let spec = table::find(words[0]).unwrap().spec();
+            let before = spec.words_before_event_time(words.len(), |place| words[place]);
+            let found = spec.accepts(words.len(), |place| words[place]).then(|| spec.key_positions(before).count());
+            assert_eq!(found, keys, "{line}");
+        }
     }
 }

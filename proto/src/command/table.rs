@@ -15,8 +15,8 @@ macro_rules! store_commands {
             Get "get" 2 [READONLY FAST] (1 1 1) OneShard string::get "string" "1.0.0" "Returns the value of a key.";
             Set "set" -3 [WRITE DENYOOM] (1 1 1) OneShard string::set "string" "1.0.0" "Sets the value of a key, whatever it held before.";
             Setnx "setnx" 3 [WRITE DENYOOM FAST] (1 1 1) OneShard string::setnx "string" "1.0.0" "Sets the value of a key only if it does not exist.";
-            Setex "setex" 4 [WRITE DENYOOM] (1 1 1) OneShard string::setex "string" "2.0.0" "Sets the value of a key and its time to live in seconds.";
-            Psetex "psetex" 4 [WRITE DENYOOM] (1 1 1) OneShard string::psetex "string" "2.6.0" "Sets the value of a key and its time to live in milliseconds.";
+            Setex "setex" 4 [WRITE DENYOOM EVENT_TIME] (1 1 1) OneShard string::setex "string" "2.0.0" "Sets the value of a key and its time to live in seconds.";
+            Psetex "psetex" 4 [WRITE DENYOOM EVENT_TIME] (1 1 1) OneShard string::psetex "string" "2.6.0" "Sets the value of a key and its time to live in milliseconds.";
             Getset "getset" 3 [WRITE DENYOOM FAST] (1 1 1) OneShard string::getset "string" "1.0.0" "Sets the value of a key and returns the one before.";
             Getdel "getdel" 2 [WRITE FAST] (1 1 1) OneShard string::getdel "string" "6.2.0" "Returns the value of a key and deletes it.";
             Getex "getex" -2 [WRITE FAST] (1 1 1) OneShard string::getex "string" "6.2.0" "Returns the value of a key and changes its expiry.";
@@ -35,8 +35,8 @@ macro_rules! store_commands {
             Incrbyfloat "incrbyfloat" 3 [WRITE DENYOOM FAST] (1 1 1) OneShard string::incrbyfloat "string" "2.6.0" "Adds to the floating-point number in a key.";
             Lcs "lcs" -3 [READONLY] (1 2 1) OneShard lcs::lcs "string" "7.0.0" "Finds the longest common subsequence of two values of one shard.";
 
-            Del "del" -2 [WRITE] (1 -1 1) Split(Sum) generic::del "generic" "1.0.0" "Deletes keys.";
-            Unlink "unlink" -2 [WRITE FAST] (1 -1 1) Split(Sum) generic::del "generic" "4.0.0" "Deletes keys; as DEL, which never blocks here.";
+            Del "del" -2 [WRITE EVENT_TIME] (1 -1 1) Split(Sum) generic::del "generic" "1.0.0" "Deletes keys.";
+            Unlink "unlink" -2 [WRITE FAST EVENT_TIME] (1 -1 1) Split(Sum) generic::del "generic" "4.0.0" "Deletes keys; as DEL, which never blocks here.";
             Exists "exists" -2 [READONLY FAST] (1 -1 1) Split(Sum) generic::exists "generic" "1.0.0" "Counts how many of the keys exist.";
             Touch "touch" -2 [READONLY FAST] (1 -1 1) Split(Sum) generic::exists "generic" "3.2.1" "Counts how many of the keys exist; access times are not kept.";
             Type "type" 2 [READONLY FAST] (1 1 1) OneShard generic::type_of "generic" "1.0.0" "Returns the type of the value in a key.";
@@ -48,7 +48,7 @@ macro_rules! store_commands {
             Pttl "pttl" 2 [READONLY FAST] (1 1 1) OneShard expiry::pttl "generic" "2.6.0" "Returns the time to live of a key in milliseconds.";
             Expiretime "expiretime" 2 [READONLY FAST] (1 1 1) OneShard expiry::expiretime "generic" "7.0.0" "Returns when a key expires, in Unix seconds.";
             Pexpiretime "pexpiretime" 2 [READONLY FAST] (1 1 1) OneShard expiry::pexpiretime "generic" "7.0.0" "Returns when a key expires, in Unix milliseconds.";
-            Persist "persist" 2 [WRITE FAST] (1 1 1) OneShard expiry::persist "generic" "2.2.0" "Takes the expiry off a key.";
+            Persist "persist" 2 [WRITE FAST EVENT_TIME] (1 1 1) OneShard expiry::persist "generic" "2.2.0" "Takes the expiry off a key.";
             Rename "rename" 3 [WRITE] (1 2 1) OneShard generic::rename "generic" "1.0.0" "Gives a key another name in the same shard.";
             Renamenx "renamenx" 3 [WRITE FAST] (1 2 1) OneShard generic::renamenx "generic" "1.0.0" "Gives a key another name in the same shard if that is free.";
             Copy "copy" -3 [WRITE DENYOOM] (1 2 1) OneShard generic::copy "generic" "6.2.0" "Copies a value to another key of the same shard.";
@@ -58,6 +58,7 @@ macro_rules! store_commands {
             ObjectRefcount "object|refcount" 3 [READONLY] (2 2 1) OneShard generic::object_refcount "generic" "2.2.3" "Returns 1 for a key that exists.";
             ObjectIdletime "object|idletime" 3 [READONLY] (2 2 1) OneShard generic::object_idletime "generic" "2.2.3" "Returns 0 for a key that exists; access times are not kept.";
             ObjectFreq "object|freq" 3 [READONLY] (2 2 1) OneShard generic::object_freq "generic" "4.0.0" "Answers that no LFU policy is chosen.";
+            ObjectEventtime "object|eventtime" 3 [READONLY] (2 2 1) OneShard generic::object_eventtime "generic" "0.1.0" "Returns the event time of a key's row, in Unix nanoseconds.";
             MemoryUsage "memory|usage" -3 [READONLY] (2 2 1) OneShard generic::memory_usage "server" "4.0.0" "Returns the bytes of a key's row.";
 
             Dbsize "dbsize" 1 [READONLY FAST WALKS] (0 0 0) AllShards(Sum) keyspace::dbsize "server" "1.0.0" "Counts the keys: exact up to 100,000 a shard, an estimate above.";
@@ -80,6 +81,8 @@ macro_rules! store_commands {
             InternalSaves "_saves" 1 [READONLY INTERNAL] (0 0 0) OneShard backup::saves "internal" "0.1.0" "The backups of a store.";
             // `_stats` answers an array with one map of names and integers.
             InternalStats "_stats" 1 [READONLY WALKS INTERNAL] (0 0 0) AllShards(Concat) keyspace::stats "internal" "0.1.0" "Figures of a shard.";
+            // `_compact` rewrites a shard's files and answers OK when it is done.
+            InternalCompact "_compact" 1 [READONLY WALKS INTERNAL] (0 0 0) AllShards(AllOk) keyspace::compact "internal" "0.1.0" "Takes back the space of a shard's dead rows.";
         }
     };
 }
@@ -164,6 +167,7 @@ macro_rules! gateway_commands {
             KeyspaceHelp "keyspace|help" 2 [LOADING STALE] (0 0 0) Here container::keyspace_help "vasto" "0.1.0" "Lists the subcommands.";
             KeyspaceList "keyspace|list" 2 [LOADING STALE] (0 0 0) Here topology::keyspace_list "vasto" "0.1.0" "Lists the keyspaces.";
             KeyspaceInfo "keyspace|info" 3 [LOADING STALE] (0 0 0) Here topology::keyspace_info "vasto" "0.1.0" "Describes a keyspace.";
+            KeyspaceCompact "keyspace|compact" 3 [ADMIN NOSCRIPT] (0 0 0) Here compaction::keyspace_compact "vasto" "0.1.0" "Rewrites the files of a keyspace without its dead rows.";
         }
     };
 }

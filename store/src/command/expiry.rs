@@ -1,6 +1,7 @@
 //! Commands on when keys expire.
 
-use crate::shard::context::{Context, Failure, Put};
+use super::event_time;
+use crate::shard::context::{Context, EventTime, Failure, Put, Verdict};
 use vasto_proto::batch::write_bytes;
 use vasto_proto::command::Args;
 use vasto_proto::error::{self, CommandError};
@@ -38,14 +39,16 @@ enum OptionError<'a> {
 }
 
 impl Conditions {
-    fn parse(args: Args<'_>) -> Result<Self, OptionError<'_>> {
-        let mut conditions = Self::default();
-        for word in args {
+    /// The conditions, and the text of an event time among them.
+    fn parse(mut args: Args<'_>) -> Result<(Self, Option<&[u8]>), OptionError<'_>> {
+        let (mut conditions, mut time) = (Self::default(), None);
+        while let Some(word) = args.next() {
             match word.to_ascii_lowercase().as_slice() {
                 b"nx" => conditions.without_expiry = true,
                 b"xx" => conditions.with_expiry = true,
                 b"gt" => conditions.later = true,
                 b"lt" => conditions.earlier = true,
+                b"eventtime" if time.is_none() && !args.is_empty() => time = args.next(),
                 _ => return Err(OptionError::Unsupported(word)),
             }
         }
@@ -55,7 +58,7 @@ impl Conditions {
         } else if later && earlier {
             Err(OptionError::Conflict(GT_AND_LT))
         } else {
-            Ok(conditions)
+            Ok((conditions, time))
         }
     }
 
@@ -83,8 +86,8 @@ fn reply_unsupported(context: &mut Context<'_>, word: &[u8]) {
 
 fn expire_by(context: &mut Context<'_>, mut args: Args<'_>, name: &str, unit: Unit, base: Base) -> Result<(), Failure> {
     let (key, time) = (args.key()?, args.bytes()?);
-    let conditions = match Conditions::parse(args) {
-        Ok(conditions) => conditions,
+    let (conditions, event_time) = match Conditions::parse(args) {
+        Ok(options) => options,
         Err(OptionError::Unsupported(word)) => {
             reply_unsupported(context, word);
             return Ok(());
@@ -101,47 +104,54 @@ fn expire_by(context: &mut Context<'_>, mut args: Args<'_>, name: &str, unit: Un
         Base::Now => milliseconds.checked_add_unsigned(context.now_ms()).ok_or_else(invalid)?,
         Base::Epoch => milliseconds,
     };
+    let event_time = event_time.map(|text| event_time::read(context, text)).transpose()?;
 
     let allowed = context.peek(key)?.is_some_and(|(header, _)| conditions.allow(header.expires_at_ms, when));
     if !allowed {
         context.reply().integer(0);
         return Ok(());
     }
-    match u64::try_from(when) {
-        Ok(when) if when > context.now_ms() => rewrite(context, key, when)?,
-        Ok(_) | Err(_) => context.delete(key)?,
-    }
-    context.reply().integer(1);
+    let verdict = match u64::try_from(when) {
+        Ok(when) if when > context.now_ms() => rewrite(context, key, when, event_time)?,
+        Ok(_) | Err(_) => context.delete_at(key, event_time)?,
+    };
+    context.reply().integer(i64::from(verdict.holds()));
     Ok(())
 }
 
-/// Writes the row of a key again with another expiry, if there is one and it differs.
-fn rewrite(context: &mut Context<'_>, key: &[u8], expires_at_ms: u64) -> Result<(), Failure> {
+/// Writes the row of a key again with another expiry, if there is one and it differs. With an event time also if it does not: the row
+/// has that time then.
+fn rewrite(
+    context: &mut Context<'_>,
+    key: &[u8],
+    expires_at_ms: u64,
+    time: Option<EventTime>,
+) -> Result<Verdict, Failure> {
     match context.row(key)? {
-        Some(row) if row.header.expires_at_ms != expires_at_ms => {
+        Some(row) if time.is_some() || row.header.expires_at_ms != expires_at_ms => {
             let put = Put { value: &row.value, expires_at_ms, changed_in_place: row.header.changed_in_place };
-            context.put_string(key, put)
+            context.put_string_at(key, put, time)
         }
-        Some(_) | None => Ok(()),
+        Some(_) | None => Ok(Verdict::Repeated),
     }
 }
 
-/// EXPIRE key seconds [NX | XX | GT | LT]…
+/// EXPIRE key seconds [NX | XX | GT | LT]… [EVENTTIME unix-ns]
 pub fn expire(context: &mut Context<'_>, args: Args<'_>) -> Result<(), Failure> {
     expire_by(context, args, "expire", Unit::Seconds, Base::Now)
 }
 
-/// PEXPIRE key milliseconds [NX | XX | GT | LT]…
+/// PEXPIRE key milliseconds [NX | XX | GT | LT]… [EVENTTIME unix-ns]
 pub fn pexpire(context: &mut Context<'_>, args: Args<'_>) -> Result<(), Failure> {
     expire_by(context, args, "pexpire", Unit::Milliseconds, Base::Now)
 }
 
-/// EXPIREAT key unix-seconds [NX | XX | GT | LT]…
+/// EXPIREAT key unix-seconds [NX | XX | GT | LT]… [EVENTTIME unix-ns]
 pub fn expireat(context: &mut Context<'_>, args: Args<'_>) -> Result<(), Failure> {
     expire_by(context, args, "expireat", Unit::Seconds, Base::Epoch)
 }
 
-/// PEXPIREAT key unix-milliseconds [NX | XX | GT | LT]…
+/// PEXPIREAT key unix-milliseconds [NX | XX | GT | LT]… [EVENTTIME unix-ns]
 pub fn pexpireat(context: &mut Context<'_>, args: Args<'_>) -> Result<(), Failure> {
     expire_by(context, args, "pexpireat", Unit::Milliseconds, Base::Epoch)
 }
@@ -188,14 +198,13 @@ pub fn pexpiretime(context: &mut Context<'_>, args: Args<'_>) -> Result<(), Fail
     reply_time(context, args, Unit::Milliseconds, Base::Epoch)
 }
 
-/// PERSIST key
+/// PERSIST key [EVENTTIME unix-ns]
 pub fn persist(context: &mut Context<'_>, mut args: Args<'_>) -> Result<(), Failure> {
     let key = args.key()?;
+    let time = event_time::take_last(context, &mut args)?;
     let expires = context.peek(key)?.is_some_and(|(header, _)| header.expires_at_ms != 0);
-    if expires {
-        rewrite(context, key, 0)?;
-    }
-    context.reply().integer(i64::from(expires));
+    let persists = expires && rewrite(context, key, 0, time)?.holds();
+    context.reply().integer(i64::from(persists));
     Ok(())
 }
 

@@ -1,8 +1,10 @@
 //! Commands on keys of any type.
 
-use crate::shard::context::{Context, Failure, Put, Row};
+use super::{before_event_time, event_time};
+use crate::shard::context::{Context, Failure, Put, Row, Verdict};
 use vasto_proto::command::Args;
 use vasto_proto::command::args::parse_integer;
+use vasto_proto::command::table::StoreCommand;
 use vasto_proto::error::{self, CommandError};
 use vasto_proto::key::SLOT_BYTES;
 use vasto_proto::row::Header;
@@ -14,16 +16,31 @@ const NO_LFU_POLICY: CommandError = CommandError::fixed(
 const INDEX_NO_INT: CommandError =
     CommandError::fixed("ERR value is out of range, value must between -2147483648 and 2147483647");
 
-/// DEL key…
+/// DEL key…, DEL key EVENTTIME unix-ns
 pub fn del(context: &mut Context<'_>, args: Args<'_>) -> Result<(), Failure> {
+    let keys = before_event_time(StoreCommand::Del, args, args.len());
+    if keys < args.len() {
+        return del_at(context, args, keys);
+    }
     let mut deleted = 0;
     for key in args {
-        if context.peek(key)?.is_some() {
-            context.delete(key)?;
-            deleted += 1;
-        }
+        deleted += i64::from(context.peek(key)?.is_some());
+        context.delete(key)?;
     }
     context.reply().integer(deleted);
+    Ok(())
+}
+
+/// The answer counts, as without an event time, the keys that are gone by it.
+fn del_at(context: &mut Context<'_>, mut args: Args<'_>, keys: usize) -> Result<(), Failure> {
+    if keys != 1 {
+        return Err(error::EVENT_TIME_OF_SEVERAL.into());
+    }
+    let key = args.key()?;
+    let time = event_time::take_last(context, &mut args)?;
+    let existed = context.peek(key)?.is_some();
+    let verdict = context.delete_at(key, time)?;
+    context.reply().integer(i64::from(existed && verdict == Verdict::Written));
     Ok(())
 }
 
@@ -189,6 +206,15 @@ pub fn object_freq(context: &mut Context<'_>, mut args: Args<'_>) -> Result<(), 
     Ok(())
 }
 
+/// OBJECT EVENTTIME key
+pub fn object_eventtime(context: &mut Context<'_>, mut args: Args<'_>) -> Result<(), Failure> {
+    match context.peek(args.key()?)?.map(|(header, _)| header.stamp.ns) {
+        Some(ns) => context.reply().integer(i64::try_from(ns).unwrap_or(i64::MAX)),
+        None => context.reply().null(),
+    }
+    Ok(())
+}
+
 /// MEMORY USAGE key [SAMPLES count]
 pub fn memory_usage(context: &mut Context<'_>, mut args: Args<'_>) -> Result<(), Failure> {
     let key = args.key()?;
@@ -225,6 +251,7 @@ mod tests {
             stamp: Stamp::default(),
             expires_at_ms: 0,
             changed_in_place,
+            written_at_ns: 0,
         };
         for (value, in_place, expected) in [
             ("1", false, "int"),

@@ -476,6 +476,8 @@ pub fn stats(context: &mut Context<'_>, args: Args<'_>) -> Result<(), Failure> {
             ("memtable_bytes", view.memtable_bytes()),
             ("block_cache_bytes", view.block_cache_bytes()),
             ("shards_read_only", u64::from(view.is_read_only())),
+            ("rows_expired_by_compaction", view.rows_expired_by_compaction()),
+            ("tombstones_dropped", view.tombstones_dropped()),
         ]
     };
     let mut reply = context.reply();
@@ -485,6 +487,14 @@ pub fn stats(context: &mut Context<'_>, args: Args<'_>) -> Result<(), Failure> {
         reply.bulk(name.as_bytes());
         reply.integer(figure(value));
     }
+    Ok(())
+}
+
+/// `_compact`
+pub fn compact(context: &mut Context<'_>, args: Args<'_>) -> Result<(), Failure> {
+    args.end()?;
+    context.shard().compact();
+    context.reply().ok();
     Ok(())
 }
 

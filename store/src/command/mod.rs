@@ -3,6 +3,7 @@
 mod backup;
 pub mod cursor;
 mod dump;
+mod event_time;
 mod expiry;
 mod float;
 mod generic;
@@ -27,6 +28,8 @@ struct Plan {
     last: isize,
     step: usize,
     walks: bool,
+    /// The arguments may end in an event time.
+    has_event_time: bool,
 }
 
 /// Words of a command's name, which the table counts as positions before the arguments.
@@ -49,6 +52,7 @@ const fn plan(name: &str, first: i16, last: i16, step: i16, flags: Flags) -> Pla
         last: if last < 0 { last as isize } else { last as isize - words as isize },
         step: if step < 1 { 1 } else { step as usize },
         walks: flags.contains(Flags::WALKS),
+        has_event_time: flags.contains(Flags::EVENT_TIME),
     }
 }
 
@@ -109,15 +113,31 @@ pub fn writes(command: StoreCommand, args: Args<'_>) -> bool {
 pub fn is_blind(command: StoreCommand, args: Args<'_>) -> bool {
     match command {
         StoreCommand::Set => args.len() == 2 || !string::set_reads(args),
-        other => matches!(
-            other,
-            StoreCommand::Setex
-                | StoreCommand::Psetex
-                | StoreCommand::Mset
-                | StoreCommand::Flushdb
-                | StoreCommand::Flushall
-        ),
+        other => {
+            matches!(
+                other,
+                StoreCommand::Setex
+                    | StoreCommand::Psetex
+                    | StoreCommand::Mset
+                    | StoreCommand::Flushdb
+                    | StoreCommand::Flushall
+            ) && before_event_time(other, args, args.len()) == args.len()
+        }
     }
+}
+
+/// How many of the next `count` arguments, which are a command's, stand before an event time at their end; all of them if there is none.
+pub fn before_event_time(command: StoreCommand, args: Args<'_>, count: usize) -> usize {
+    if !PLANS[command as usize].has_event_time {
+        return count;
+    }
+    let spec = command.spec();
+    let words = spec.name_words();
+    let word = |place: usize| {
+        let mut ahead = args;
+        ahead.nth(place - words).unwrap_or_default()
+    };
+    spec.words_before_event_time(count + words, word) - words
 }
 
 /// Walks the keys of one command.
@@ -154,6 +174,7 @@ impl<'a> PlainKeys<'a> {
     #[inline]
     fn new(command: StoreCommand, args: Args<'a>, count: usize) -> Self {
         let plan = &PLANS[command as usize];
+        let count = before_event_time(command, args, count);
         let end = if plan.last < 0 {
             (count + 1).saturating_sub(plan.last.unsigned_abs())
         } else {
@@ -207,6 +228,8 @@ mod tests {
         assert_eq!(keys(StoreCommand::Set, &[b"a", b"v", b"EX", b"1"]), ["a"]);
         assert_eq!(keys(StoreCommand::Mset, &[b"a", b"1", b"b", b"2"]), ["a", "b"]);
         assert_eq!(keys(StoreCommand::Del, &[b"a", b"b", b"a"]), ["a", "b", "a"]);
+        assert_eq!(keys(StoreCommand::Del, &[b"a", b"EventTime", b"5"]), ["a"]);
+        assert_eq!(keys(StoreCommand::Del, &[b"a", b"EVENTTIME", b"b"]), ["a", "EVENTTIME", "b"]);
         assert_eq!(keys(StoreCommand::Rename, &[b"a", b"b"]), ["a", "b"]);
         assert_eq!(keys(StoreCommand::Copy, &[b"a", b"b", b"REPLACE"]), ["a", "b"]);
         assert_eq!(keys(StoreCommand::ObjectEncoding, &[b"a"]), ["a"]);
@@ -273,8 +296,13 @@ mod tests {
         assert!(blind(&[b"k", b"v"]));
         assert!(blind(&[b"k", b"nx"]));
         assert!(blind(&[b"k", b"v", b"PX", b"10"]));
-        for word in ["nx", "XX", "Get", "KEEPTTL"] {
+        for word in ["nx", "XX", "Get", "KEEPTTL", "EventTime"] {
             assert!(!blind(&[b"k", b"v", word.as_bytes()]), "{word}");
+        }
+        for words in [&[b"k".as_slice(), b"1", b"v"][..], &[b"k", b"1", b"v", b"EVENTTIME", b"5"]] {
+            let packed = packed(words);
+            let args = Args::new(Arguments::parse(&packed, words.len() as u32).unwrap());
+            assert_eq!(is_blind(StoreCommand::Setex, args), words.len() == 3);
         }
     }
 }

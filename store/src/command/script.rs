@@ -49,16 +49,34 @@ impl Script {
         body
     }
 
-    pub fn operate(&mut self, command: StoreCommand, arguments: &[&[u8]]) -> (Outcome, Vec<u8>) {
-        self.next_id += 1;
-        let head = OperationHead {
+    /// What the commands of one batch answer, as text.
+    pub fn batch(&mut self, lines: &[&[&str]]) -> Vec<String> {
+        let mut batch = Vec::new();
+        for words in lines {
+            let Some(Command::Store(command)) = find(words[0].as_bytes()) else { panic!("{words:?}") };
+            self.next_id += 1;
+            let head = self.head(command);
+            write_operation(&mut batch, &head, words[1..].iter().map(|word| word.as_bytes()));
+        }
+        let mut answers = Vec::new();
+        self.session.execute(Bytes::from(batch), &mut answers);
+        Answers::new(&answers).map(|answer| text(answer.unwrap().body)).collect()
+    }
+
+    fn head(&self, command: StoreCommand) -> OperationHead {
+        OperationHead {
             id: self.next_id,
             connection: 1,
             target: ShardKey { keyspace: KeyspaceId(0), shard: ShardId(0) },
             epoch: Epoch(1),
             command: command.code(),
             flags: 0,
-        };
+        }
+    }
+
+    pub fn operate(&mut self, command: StoreCommand, arguments: &[&[u8]]) -> (Outcome, Vec<u8>) {
+        self.next_id += 1;
+        let head = self.head(command);
         let mut batch = Vec::new();
         write_operation(&mut batch, &head, arguments.iter().copied());
         let mut answers = Vec::new();
@@ -172,7 +190,6 @@ const STRINGS: &str = r#"
     SET s 1 EX 10 PX 10 => (error) ERR syntax error
     SET s 1 EX 10 KEEPTTL => (error) ERR syntax error
     SET s 1 EX => (error) ERR syntax error
-    SET s 1 EVENTTIME 1 => (error) ERR syntax error
     SET s 1 EX 0 => (error) ERR invalid expire time in 'set' command
     SET s 1 PX x => (error) ERR value is not an integer or out of range
     SETEX s 0 v => (error) ERR invalid expire time in 'setex' command

@@ -1,7 +1,8 @@
 //! Commands on strings.
 
+use super::event_time;
 use super::float::LongDouble;
-use crate::shard::context::{Context, Failure, Put};
+use crate::shard::context::{Context, Failure, Put, Verdict};
 use vasto_proto::command::Args;
 use vasto_proto::command::args::parse_integer;
 use vasto_proto::error::{self, CommandError};
@@ -77,11 +78,13 @@ struct SetOptions<'a> {
     condition: Condition,
     answers_old: bool,
     lifetime: Lifetime<'a>,
+    event_time: Option<&'a [u8]>,
 }
 
 impl<'a> SetOptions<'a> {
     fn parse(mut args: Args<'a>) -> Result<Self, CommandError> {
-        let mut options = Self { condition: Condition::None, answers_old: false, lifetime: Lifetime::Default };
+        let (condition, lifetime) = (Condition::None, Lifetime::Default);
+        let mut options = Self { condition, answers_old: false, lifetime, event_time: None };
         while !args.is_empty() {
             if options.condition != Condition::Existing && args.option("NX") {
                 options.condition = Condition::Missing;
@@ -91,6 +94,8 @@ impl<'a> SetOptions<'a> {
                 options.answers_old = true;
             } else if matches!(options.lifetime, Lifetime::Default | Lifetime::Keep) && args.option("KEEPTTL") {
                 options.lifetime = Lifetime::Keep;
+            } else if options.event_time.is_none() && args.len() > 1 && args.option(event_time::OPTION) {
+                options.event_time = Some(args.bytes()?);
             } else {
                 options.lifetime = options.lifetime.option(&mut args).ok_or(error::SYNTAX)?;
             }
@@ -101,7 +106,7 @@ impl<'a> SetOptions<'a> {
 
 /// Whether SET with these arguments may need the row there is.
 pub fn set_reads(args: Args<'_>) -> bool {
-    let words = ["NX", "XX", "GET", "KEEPTTL"];
+    let words = ["NX", "XX", "GET", "KEEPTTL", event_time::OPTION];
     args.skip(2).any(|argument| words.iter().any(|word| argument.eq_ignore_ascii_case(word.as_bytes())))
 }
 
@@ -114,7 +119,7 @@ pub fn get(context: &mut Context<'_>, mut args: Args<'_>) -> Result<(), Failure>
     context.reply_value(args.key()?)
 }
 
-/// SET key value [NX | XX] [GET] [EX seconds | PX milliseconds | EXAT unix-seconds | PXAT unix-milliseconds | KEEPTTL]
+/// SET key value [NX | XX] [GET] [EX seconds | PX milliseconds | EXAT unix-seconds | PXAT unix-milliseconds | KEEPTTL] [EVENTTIME unix-ns]
 pub fn set(context: &mut Context<'_>, mut args: Args<'_>) -> Result<(), Failure> {
     let (key, value) = (args.key()?, args.bytes()?);
     if args.is_empty() {
@@ -127,6 +132,7 @@ pub fn set(context: &mut Context<'_>, mut args: Args<'_>) -> Result<(), Failure>
         Lifetime::Given(clock, text) => expires_at_ms("set", clock, text, context.now_ms())?,
         Lifetime::Default | Lifetime::Keep | Lifetime::Persist => 0,
     };
+    let time = options.event_time.map(|text| event_time::read(context, text)).transpose()?;
     let reads = options.condition != Condition::None || options.lifetime == Lifetime::Keep;
     let applies = if reads {
         let old = context.peek(key)?;
@@ -141,16 +147,23 @@ pub fn set(context: &mut Context<'_>, mut args: Args<'_>) -> Result<(), Failure>
     } else {
         true
     };
-    if options.answers_old {
-        context.reply_value(key)?;
-    }
-    if applies {
-        put(context, key, value, expiry)?;
-    }
-    match (options.answers_old, applies) {
-        (true, _) => {}
-        (false, true) => context.reply().ok(),
-        (false, false) => context.reply().null(),
+    // A write with an event time may fail, so the reply comes after it, and the old value is copied to outlive it.
+    let old = match (options.answers_old, time) {
+        (true, Some(_)) => context.row(key)?,
+        (true, None) => {
+            context.reply_value(key)?;
+            None
+        }
+        (false, _) => None,
+    };
+    let put = Put { value, expires_at_ms: expiry, changed_in_place: false };
+    let verdict = if applies { context.put_string_at(key, put, time)? } else { Verdict::Older };
+    match (options.answers_old, time, old) {
+        (true, None, _) => {}
+        (true, Some(_), Some(old)) => context.reply().bulk(&old.value),
+        (true, Some(_), None) => context.reply().null(),
+        (false, _, _) if verdict.holds() => context.reply().ok(),
+        (false, _, _) => context.reply().null(),
     }
     Ok(())
 }
@@ -168,18 +181,23 @@ pub fn setnx(context: &mut Context<'_>, mut args: Args<'_>) -> Result<(), Failur
 
 fn set_expiring(context: &mut Context<'_>, mut args: Args<'_>, name: &str, clock: Clock) -> Result<(), Failure> {
     let (key, time, value) = (args.key()?, args.bytes()?, args.bytes()?);
-    let expiry = expires_at_ms(name, clock, time, context.now_ms())?;
-    put(context, key, value, expiry)?;
-    context.reply().ok();
+    let expires_at_ms = expires_at_ms(name, clock, time, context.now_ms())?;
+    let time = event_time::take_last(context, &mut args)?;
+    let verdict = context.put_string_at(key, Put { value, expires_at_ms, changed_in_place: false }, time)?;
+    if verdict.holds() {
+        context.reply().ok();
+    } else {
+        context.reply().null();
+    }
     Ok(())
 }
 
-/// SETEX key seconds value
+/// SETEX key seconds value [EVENTTIME unix-ns]
 pub fn setex(context: &mut Context<'_>, args: Args<'_>) -> Result<(), Failure> {
     set_expiring(context, args, "setex", Clock::Seconds)
 }
 
-/// PSETEX key milliseconds value
+/// PSETEX key milliseconds value [EVENTTIME unix-ns]
 pub fn psetex(context: &mut Context<'_>, args: Args<'_>) -> Result<(), Failure> {
     set_expiring(context, args, "psetex", Clock::Milliseconds)
 }

@@ -17,7 +17,7 @@ const MALFORMED: CommandError = CommandError::fixed("ERR malformed transaction")
 type Token = [u8; Stamp::BYTES + 1];
 
 fn token(context: &mut Context<'_>, key: &[u8]) -> Result<Token, Failure> {
-    let (stamp, alive) = context.raw_stamp(key)?;
+    let (stamp, alive) = context.seen_stamp(key)?;
     let mut token = [u8::from(alive); Stamp::BYTES + 1];
     token[..Stamp::BYTES].copy_from_slice(&stamp.to_bytes());
     Ok(token)
@@ -148,7 +148,7 @@ pub fn exec(context: &mut Context<'_>, args: Args<'_>) -> Result<(), Failure> {
     }
     // A row that cannot be read fails the whole transaction before it begins, so that no command inside fails half way.
     for key in Keys::new(args) {
-        context.raw_stamp(key)?;
+        context.seen_stamp(key)?;
     }
     context.reply().array(count);
     let mut packed = Vec::new();
@@ -158,7 +158,11 @@ pub fn exec(context: &mut Context<'_>, args: Args<'_>) -> Result<(), Failure> {
         let arguments = u32::try_from(length).ok().and_then(|length| Arguments::parse(&packed, length).ok());
         let arguments = arguments.expect("they were packed right here");
         let spec = command.spec();
-        let answer = if spec.accepts_count(length + spec.name_words()) {
+        let word = |place: usize| {
+            let mut ahead = arguments;
+            ahead.nth(place - spec.name_words()).unwrap_or_default()
+        };
+        let answer = if spec.accepts(length + spec.name_words(), word) {
             run(command, context, Args::new(arguments))
         } else {
             Err(error::wrong_arity(spec.name).into())
@@ -223,11 +227,35 @@ mod tests {
     }
 
     #[test]
+    fn event_times_decide_inside_a_transaction_too() {
+        let mut script = Script::new();
+        for (lines, expected) in [
+            (
+                "SET e 1 EVENTTIME 5;SETEX e 9 2 EVENTTIME 4;GET e;DEL e EVENTTIME 6;SET e 3 EVENTTIME 6",
+                "[OK, (nil), \"1\", (integer) 1, (nil)]",
+            ),
+            (
+                "SETEX e 9 v EVENTTIME 7;SETEX e 1 2 3;INCR e",
+                "[OK, (error) ERR wrong number of arguments for 'setex' command, (error) ERR value is not an integer or out of range]",
+            ),
+            (
+                "DEL a b EVENTTIME 5;SET e 1 EVENTTIME 8 GET;GET e",
+                "[(error) ERR EVENTTIME goes with one key; nothing was written, \"v\", \"1\"]",
+            ),
+            ("SET e plain;SET e 2 EVENTTIME 9;DEL e EVENTTIME 10;GET e", "[OK, (nil), (integer) 0, \"plain\"]"),
+        ] {
+            assert_eq!(transact(&mut script, &[], lines), expected, "{lines}");
+        }
+    }
+
+    #[test]
     fn a_change_of_a_watched_key_stops_the_transaction() {
         for (change, stops) in [
             ("GET w", false),
             ("SET other 1", false),
             ("DEL missing", false),
+            ("DEL missing EVENTTIME 5", false),
+            ("DEL w EVENTTIME 5", false),
             ("SET w v", true),
             ("APPEND w x", true),
             ("EXPIRE w 100", true),

@@ -14,7 +14,6 @@ use std::fs::{self, File};
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 /// The order fixes the column families' ids: 1, 2, 3 (0 is RocksDB's own, which stays empty).
 const KEYS: &str = "keys";
@@ -24,7 +23,6 @@ const META: &str = "meta";
 pub struct Database {
     db: DB,
     garbage: Arc<Garbage>,
-    saved_dropped_ns: AtomicU64,
     memory_reads: ReadOptions,
     disk_reads: ReadOptions,
     hasty_writes: WriteOptions,
@@ -85,7 +83,6 @@ impl Database {
         let database = Self {
             db,
             garbage,
-            saved_dropped_ns: AtomicU64::new(0),
             memory_reads,
             disk_reads: ReadOptions::default(),
             hasty_writes,
@@ -94,45 +91,54 @@ impl Database {
             probing_writes,
             block_cache: engine.block_cache.clone(),
         };
-        database.check_format()?;
-        database.load_dropped()?;
+        database.take_format(path)?;
+        database.garbage.arm();
         Ok(database)
     }
 
-    fn check_format(&self) -> Result<(), EngineError> {
-        match self.meta(meta::FORMAT)?.as_deref() {
-            None => self.put_meta_synced(meta::FORMAT, &meta::FORMAT_VERSION.to_be_bytes()),
-            Some(bytes) if bytes == meta::FORMAT_VERSION.to_be_bytes() => Ok(()),
-            Some(bytes) => {
-                let found = bytes
-                    .try_into()
-                    .map_or_else(|_| format!("{bytes:?}"), |bytes| u32::from_be_bytes(bytes).to_string());
-                Err(EngineError::Failed(format!(
-                    "the shard has format version {found}, this program knows {} only",
-                    meta::FORMAT_VERSION
-                )))
+    /// Checks the format, brings an older one up to ours and loads what tombstones were dropped.
+    fn take_format(&self, path: &Path) -> Result<(), EngineError> {
+        let path = path.display();
+        let found = match self.meta(meta::FORMAT)?.as_deref() {
+            None => return self.put_meta_synced(meta::FORMAT, &meta::FORMAT_VERSION.to_be_bytes()),
+            Some(bytes) => bytes.try_into().map(u32::from_be_bytes).map_err(|_| {
+                EngineError::Failed(format!("the shard in {path} has a format version of {} bytes", bytes.len()))
+            })?,
+        };
+        if found > meta::FORMAT_VERSION {
+            return Err(EngineError::Failed(format!(
+                "the shard in {path} has format version {found}; this program knows {} and older",
+                meta::FORMAT_VERSION
+            )));
+        }
+        let noted = self.meta(meta::DROPPED)?;
+        let noted_ns = noted.as_deref().and_then(|bytes| bytes.first_chunk::<8>().copied()).map(u64::from_be_bytes);
+        if let Some(noted_ns) = noted_ns {
+            self.garbage.may_drop_up_to(noted_ns);
+        }
+        if found < meta::FORMAT_VERSION {
+            // Version 1 noted what it had dropped up to a second later, but dropped nothing younger than the grace.
+            if noted_ns.is_some() {
+                self.note_dropped(self.garbage.grace_ends_ns(crate::shard::executor::now_ns()))?;
             }
-        }
-    }
-
-    /// A crash may have lost the last note of what compaction dropped, but nothing younger than the grace was.
-    fn load_dropped(&self) -> Result<(), EngineError> {
-        if let Some(bytes) = self.meta(meta::DROPPED)?.as_deref().and_then(|bytes| bytes.first_chunk::<8>().copied()) {
-            let noted_ns = u64::from_be_bytes(bytes);
-            self.garbage.dropped(noted_ns.max(self.garbage.grace_ends_ns(crate::shard::executor::now_ns())));
-            self.saved_dropped_ns.store(noted_ns, Ordering::Relaxed);
+            self.put_meta_synced(meta::FORMAT, &meta::FORMAT_VERSION.to_be_bytes())?;
         }
         Ok(())
     }
 
-    /// Notes the largest dropped stamp if it has grown.
-    pub fn save_dropped(&self) -> Result<(), EngineError> {
-        let dropped_ns = self.garbage.dropped_ns();
-        if dropped_ns > self.saved_dropped_ns.load(Ordering::Relaxed) {
-            self.put_meta(meta::DROPPED, &dropped_ns.to_be_bytes(), Tier::Memory)?;
-            self.saved_dropped_ns.store(dropped_ns, Ordering::Relaxed);
-        }
+    /// Allows tombstones up to this event time to leave, once the disk knows.
+    fn note_dropped(&self, ns: u64) -> Result<(), EngineError> {
+        self.put_meta_synced(meta::DROPPED, &ns.max(self.garbage.dropped_ns()).to_be_bytes())?;
+        self.garbage.may_drop_up_to(ns);
         Ok(())
+    }
+
+    /// Lets the tombstones go that compactions have met since the last call and that only waited for this note; says whether there
+    /// were any. They leave with the next compaction that meets them.
+    pub fn release_tombstones(&self) -> Result<bool, EngineError> {
+        let Some(wanted_ns) = self.garbage.wanted_ns() else { return Ok(false) };
+        self.note_dropped(wanted_ns)?;
+        Ok(true)
     }
 
     pub fn garbage(&self) -> &Garbage {
@@ -277,9 +283,20 @@ impl Database {
         self.db.latest_sequence_number()
     }
 
-    /// Rewrites all files, dropping what may be dropped.
+    /// Rewrites all files, dropping what may be dropped; twice if tombstones may go that nobody had noted. The log is cut too: it has
+    /// what the files lose, and the small column families would hold it back.
     pub fn compact(&self) {
-        self.db.compact_range_cf_opt(self.family(KEYS), None::<&[u8]>, None::<&[u8]>, &compact_all_options());
+        let rewrite =
+            || self.db.compact_range_cf_opt(self.family(KEYS), None::<&[u8]>, None::<&[u8]>, &compact_all_options());
+        rewrite();
+        match self.release_tombstones() {
+            Ok(true) => rewrite(),
+            Ok(false) => {}
+            Err(error) => tracing::warn!(%error, "cannot note which tombstones may go; they stay for now"),
+        }
+        if let Err(error) = self.flush() {
+            tracing::warn!(%error, "cannot write the memtables out; the log keeps its length");
+        }
     }
 
     /// A cursor over `keys`.

@@ -6,10 +6,11 @@ pub const FORMAT: &[u8] = b"format";
 pub const STAMPS: &[u8] = b"stamps";
 /// Rows up to this stamp are dead.
 pub const FLUSH: &[u8] = b"flush";
-/// The largest event time of a tombstone that compaction dropped, u64 big endian.
+/// Tombstones with an event time up to this may have been dropped by compaction, u64 big endian.
 pub const DROPPED: &[u8] = b"dropped";
 /// Written to find out whether the disk takes writes again.
 pub const PROBE: &[u8] = b"probe";
 
-/// The layout that this code reads and writes.
-pub const FORMAT_VERSION: u32 = 1;
+/// The layout that this code writes. It reads version 1 too, whose rows are valid here: version 2 has rows with event times of clients,
+/// which carry when they were written.
+pub const FORMAT_VERSION: u32 = 2;

@@ -1,5 +1,6 @@
 //! The only user of RocksDB: what all shards of a store share, and how one shard's database is opened.
 
+mod changed_value;
 pub mod database;
 pub mod error;
 pub mod garbage;

@@ -13,7 +13,7 @@ fn engine() -> Engine {
     Engine::new(&Config { memory, background_jobs: 1, ..Config::default() }).unwrap()
 }
 
-const RULES: Rules = Rules { grace: Duration::from_secs(3600), is_only_copy: true };
+const RULES: Rules = Rules { grace: Duration::from_secs(3600), replicated_ns: super::garbage::ONLY_COPY };
 
 /// A row of a length that depends on its number.
 fn row(number: u32) -> Vec<u8> {

@@ -9,12 +9,13 @@ use crate::backup::{BackupError, Status};
 use crate::config::Limits;
 use crate::engine::{EngineError, Tier};
 use bytes::Bytes;
+use std::cmp::Ordering;
 use std::ops::Range;
 use vasto_proto::batch::Outcome;
 use vasto_proto::command::ReplyWriter;
-use vasto_proto::error::CommandError;
+use vasto_proto::error::{self, CommandError};
 use vasto_proto::net::LARGE_VALUE_BYTES;
-use vasto_proto::row::{Header, RowKind, Stamp};
+use vasto_proto::row::{Header, RowKind, Stamp, covered_by, precedence};
 
 /// A row that is alive: its header and its payload.
 #[derive(Clone, Debug)]
@@ -30,6 +31,32 @@ pub struct Put<'v> {
     /// Unix time in milliseconds; 0 = never.
     pub expires_at_ms: u64,
     pub changed_in_place: bool,
+}
+
+/// When a write happened, as its client says: checked, Unix nanoseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EventTime {
+    pub ns: u64,
+}
+
+/// What became of a write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    Written,
+    /// The very same write was here already.
+    Repeated,
+    /// What is stored is newer: nothing changed.
+    Older,
+}
+
+impl Verdict {
+    /// Whether the key is as the write wants it.
+    pub fn holds(self) -> bool {
+        match self {
+            Self::Written | Self::Repeated => true,
+            Self::Older => false,
+        }
+    }
 }
 
 /// Why a command wrote nothing.
@@ -77,6 +104,11 @@ impl<'a> Context<'a> {
     /// Unix time in milliseconds, read once per batch.
     pub fn now_ms(&self) -> u64 {
         self.now_ms
+    }
+
+    /// Unix time in nanoseconds, read once per batch.
+    pub fn now_ns(&self) -> u64 {
+        self.now_ns
     }
 
     /// Refuses to make a value above the large-value threshold without a permit; before anything is written.
@@ -144,31 +176,53 @@ impl<'a> Context<'a> {
         Ok(())
     }
 
-    /// The stamp of a key's row, dead or alive (zero if there is no row at all), and whether it is alive.
-    pub fn raw_stamp(&mut self, key: &[u8]) -> Result<(Stamp, bool), Failure> {
+    /// The stamp of what a key was last seen as, dead or alive (zero if there is no row at all), and whether it is alive.
+    pub fn seen_stamp(&mut self, key: &[u8]) -> Result<(Stamp, bool), Failure> {
         let cell = self.load(key)?;
         let flush_ns = self.flush_ns();
         let now_ms = self.now_ms;
-        let Some((header, _)) = self.decode(cell)? else { return Ok((Stamp::default(), false)) };
-        Ok((header.stamp, header.is_alive(now_ms) && header.stamp.ns > flush_ns))
+        let Some((header, value)) = self.decode(cell)? else { return Ok((Stamp::default(), false)) };
+        let alive = header.is_alive(now_ms) && header.stamp.ns > flush_ns;
+        Ok((covered_by(&header, value).unwrap_or(header.stamp), alive))
     }
 
     /// Writes a string under a new stamp; a plain write always wins.
     pub fn put_string(&mut self, key: &[u8], put: Put<'_>) -> Result<(), Failure> {
-        let header = Header {
-            kind: RowKind::String,
-            stamp: Stamp::default(),
-            expires_at_ms: put.expires_at_ms,
-            changed_in_place: put.changed_in_place,
-        };
-        self.write(key, header, put.value)
+        self.write(key, unstamped(&put), put.value)
     }
 
-    /// Writes a tombstone.
+    /// Writes a string: with an event time only if it is newer than what is stored, dead or alive.
+    pub fn put_string_at(&mut self, key: &[u8], put: Put<'_>, time: Option<EventTime>) -> Result<Verdict, Failure> {
+        let Some(time) = time else {
+            self.put_string(key, put)?;
+            return Ok(Verdict::Written);
+        };
+        self.write_at(key, unstamped(&put), put.value, time)?.ok_or(Failure::Error(error::EVENT_TIME_TOO_OLD))
+    }
+
+    /// Writes a tombstone, over nothing too: what is older may still come, from a client that gives its event time or from a copy
+    /// that was away, and must not survive this.
     pub fn delete(&mut self, key: &[u8]) -> Result<(), Failure> {
-        let header =
-            Header { kind: RowKind::Tombstone, stamp: Stamp::default(), expires_at_ms: 0, changed_in_place: false };
-        self.write(key, header, &[])
+        let covered = self.covered(key)?;
+        self.write(key, UNSTAMPED_TOMBSTONE, covered.as_ref().map_or(&[][..], |stamp| stamp))
+    }
+
+    /// What a tombstone must carry for those who watch the key, if it will delete nothing that is alive.
+    fn covered(&mut self, key: &[u8]) -> Result<Option<[u8; Stamp::BYTES]>, Failure> {
+        let (stamp, alive) = self.seen_stamp(key)?;
+        Ok((!alive).then(|| stamp.to_bytes()))
+    }
+
+    /// Writes a tombstone: with an event time only if it is newer than what is stored, dead or alive.
+    pub fn delete_at(&mut self, key: &[u8], time: Option<EventTime>) -> Result<Verdict, Failure> {
+        let Some(time) = time else {
+            self.delete(key)?;
+            return Ok(Verdict::Written);
+        };
+        let covered = self.covered(key)?;
+        let payload = covered.as_ref().map_or(&[][..], |stamp| stamp);
+        // Below the deletions that are forgotten nothing can be written to a key without a row: this one holds as it is.
+        Ok(self.write_at(key, UNSTAMPED_TOMBSTONE, payload, time)?.unwrap_or(Verdict::Repeated))
     }
 
     /// Kills every row of the shard by one logged stamp. Only for commands that `command::takes_all_keys` names: all stripes are
@@ -246,13 +300,7 @@ impl<'a> Context<'a> {
         let database = &self.shard.database;
         let wanted = self.rows.cells.len() as u64;
         let drawn = self.rows.stamps.next(&self.shard.stamps, self.now_ns, wanted, database, self.tier);
-        drawn.map_err(|error| match error {
-            EngineError::NotInMemory | EngineError::Stalled => Failure::Diverted,
-            EngineError::Full(_) | EngineError::Disk(_) | EngineError::Corrupt(_) | EngineError::Failed(_) => {
-                self.shard.meet(&error);
-                Failure::Refused(Outcome::NotServing, format!("shard {}: {error}", self.shard.key))
-            }
-        })
+        drawn.map_err(|error| no_stamp(self.shard, error))
     }
 
     fn write(&mut self, key: &[u8], mut header: Header, payload: &[u8]) -> Result<(), Failure> {
@@ -263,6 +311,59 @@ impl<'a> Context<'a> {
         header.stamp = self.next_stamp()?;
         self.rows.write(cell, &header, payload);
         Ok(())
+    }
+
+    /// Writes a row with an event time that a client gave, if it wins over the one that is stored. `None`, and nothing is written: there
+    /// is no row, and a tombstone above the event time may have been dropped.
+    fn write_at(
+        &mut self,
+        key: &[u8],
+        mut header: Header,
+        payload: &[u8],
+        time: EventTime,
+    ) -> Result<Option<Verdict>, Failure> {
+        let cell = self.load(key)?;
+        if time.ns <= self.flush_ns() {
+            return Ok(Some(Verdict::Older));
+        }
+        header.stamp = Stamp::given(time.ns, header.kind, header.expires_at_ms, payload);
+        match self.decode(cell)?.map(|(stored, value)| precedence((&header, payload), (&stored, value))) {
+            // Whoever dropped a tombstone has raised this before.
+            None if time.ns <= self.shard.database.garbage().dropped_ns() => return Ok(None),
+            Some(Ordering::Less) => return Ok(Some(Verdict::Older)),
+            Some(Ordering::Equal) => return Ok(Some(Verdict::Repeated)),
+            Some(Ordering::Greater) | None => {}
+        }
+        let (stamps, database) = (&self.shard.stamps, &self.shard.database);
+        // Before the row is visible: the next plain write must win over it, after a crash too.
+        let observed = self.rows.stamps.observe(stamps, time.ns, database, self.tier);
+        observed.map_err(|error| no_stamp(self.shard, error))?;
+        header.written_at_ns = stamps.time_ns(self.now_ns);
+        self.rows.write(cell, &header, payload);
+        Ok(Some(Verdict::Written))
+    }
+}
+
+const UNSTAMPED_TOMBSTONE: Header = Header {
+    kind: RowKind::Tombstone,
+    stamp: Stamp { ns: 0, origin: 0, sequence: 0 },
+    expires_at_ms: 0,
+    changed_in_place: false,
+    written_at_ns: 0,
+};
+
+fn unstamped(put: &Put<'_>) -> Header {
+    let (expires_at_ms, changed_in_place) = (put.expires_at_ms, put.changed_in_place);
+    Header { kind: RowKind::String, stamp: Stamp::default(), expires_at_ms, changed_in_place, written_at_ns: 0 }
+}
+
+fn no_stamp(shard: &Shard, error: EngineError) -> Failure {
+    match error {
+        EngineError::NotInMemory | EngineError::Stalled => Failure::Diverted,
+        EngineError::Full(_) | EngineError::Disk(_) | EngineError::Corrupt(_) | EngineError::Failed(_) => {
+            shard.meet(&error);
+            Failure::Refused(Outcome::NotServing, format!("shard {}: {error}", shard.key))
+        }
     }
 }
 

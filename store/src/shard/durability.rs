@@ -258,7 +258,7 @@ impl Shard {
             let raised = self.stamps.raise_ahead(crate::shard::executor::now_ns(), &self.database);
             self.met(raised);
         }
-        self.met(self.database.save_dropped());
+        self.met(self.database.release_tombstones().map(drop));
     }
 
     /// What failed here is tried again in a second, if the shard goes on at all.

@@ -3,6 +3,8 @@
 pub mod alarm;
 pub mod context;
 pub mod durability;
+#[cfg(test)]
+mod event_time_tests;
 pub mod executor;
 pub mod gate;
 mod health;

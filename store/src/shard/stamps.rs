@@ -81,6 +81,22 @@ impl StampBlock {
         self.left -= 1;
         Ok(stamp)
     }
+
+    /// Accepts an event time that a client gave: every stamp that is drawn from here on, here or by others, is above it.
+    pub fn observe(
+        &mut self,
+        stamps: &Stamps,
+        given_ns: u64,
+        database: &Database,
+        tier: Tier,
+    ) -> Result<(), EngineError> {
+        stamps.observe(given_ns, |bound| database.put_meta(meta::STAMPS, bound, tier))?;
+        if self.next.ns <= given_ns {
+            // Drawn before, and below it.
+            self.left = 0;
+        }
+        Ok(())
+    }
 }
 
 impl Stamps {
@@ -128,6 +144,24 @@ impl Stamps {
                 Err(now) => last = now,
             }
         }
+    }
+
+    /// Counts an event time as drawn; durable, by `save`, before it returns.
+    fn observe(
+        &self,
+        given_ns: u64,
+        mut save: impl FnMut(&[u8]) -> Result<(), EngineError>,
+    ) -> Result<(), EngineError> {
+        if given_ns > self.bound_ns.load(Ordering::Acquire) {
+            self.raise(given_ns, self.next_sequence.load(Ordering::Relaxed), &mut save)?;
+        }
+        self.last_ns.fetch_max(given_ns, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// The shard's time: the clock, or the largest event time there is if the clock is behind it.
+    pub fn time_ns(&self, now_ns: u64) -> u64 {
+        now_ns.max(self.last_ns.load(Ordering::Relaxed))
     }
 
     fn raise(
@@ -179,6 +213,10 @@ mod tests {
             now_ns: u64,
             count: u64,
         },
+        /// A client gives an event time.
+        Observe {
+            given_ns: u64,
+        },
         /// The process dies; what was saved stays.
         Crash,
         /// The bound cannot be saved.
@@ -191,6 +229,7 @@ mod tests {
         let now = prop_oneof![0..10u64, 0..20_000_000_000u64];
         let step = prop_oneof![
             4 => (now.clone(), prop_oneof![1..5u64, 1..3_000_000u64]).prop_map(|(now_ns, count)| Step::Draw { now_ns, count }),
+            2 => now.clone().prop_map(|given_ns| Step::Observe { given_ns }),
             1 => Just(Step::Crash),
             1 => now.prop_map(|now_ns| Step::DrawFails { now_ns }),
         ];
@@ -213,6 +252,11 @@ mod tests {
                         next_sequence = first.sequence + count;
                         let bound = Bound::from_bytes(&saved).unwrap();
                         prop_assert!(bound.ns > largest_ns && bound.sequence >= next_sequence);
+                    }
+                    Step::Observe { given_ns } => {
+                        stamps.observe(given_ns, |bound| { saved = bound.to_vec(); Ok(()) }).unwrap();
+                        largest_ns = largest_ns.max(given_ns);
+                        prop_assert!(stamps.time_ns(0) >= given_ns);
                     }
                     Step::Crash => {
                         let bound = Bound::from_bytes(&saved).unwrap_or_default();

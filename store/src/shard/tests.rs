@@ -23,7 +23,7 @@ use vasto_proto::topology::KeyspaceRecord;
 const SHARD: ShardKey = ShardKey { keyspace: KeyspaceId(0), shard: ShardId(0) };
 
 /// A store with one shard.
-fn open(data: &Path, change: impl FnOnce(&mut Config)) -> StoreHandle {
+pub(super) fn open(data: &Path, change: impl FnOnce(&mut Config)) -> StoreHandle {
     let mut config = Config { data: data.to_owned(), lane_threads: 3, ..Config::default() };
     change(&mut config);
     let store = Store::open(config).unwrap();
@@ -38,7 +38,7 @@ fn starved(config: &mut Config) {
         MemoryConfig { row_cache_bytes: 4096 * 600, block_cache_bytes: 1 << 10, write_buffer_bytes: 64 << 20 };
 }
 
-struct Client {
+pub(super) struct Client {
     session: Session,
     late: LateAnswers,
     next_id: u32,
@@ -47,7 +47,7 @@ struct Client {
 }
 
 impl Client {
-    fn new(handle: &StoreHandle) -> Self {
+    pub(super) fn new(handle: &StoreHandle) -> Self {
         let (session, late) = handle.open_session();
         Self { session, late, next_id: 0, batch: Vec::new(), sent: Vec::new() }
     }
@@ -94,7 +94,7 @@ impl Client {
         (answers, count - at_once)
     }
 
-    fn call(&mut self, words: &[&[u8]]) -> String {
+    pub(super) fn call(&mut self, words: &[&[u8]]) -> String {
         self.add(1, words);
         let (answers, _) = self.send();
         assert_eq!(answers[0].0, Outcome::Reply, "{}", answers[0].1);
@@ -271,7 +271,7 @@ proptest! {
 }
 
 /// Copies the folder of a running store as a crash would leave it: again, until no file came, grew or went meanwhile.
-fn copy_folder(from: &Path, to: &Path) {
+pub(super) fn copy_folder(from: &Path, to: &Path) {
     for _ in 0..1000 {
         let before = listing(from);
         let copied = try_copy(from, to);
@@ -311,7 +311,7 @@ fn try_copy(from: &Path, to: &Path) -> io::Result<()> {
     Ok(())
 }
 
-fn shard(handle: &StoreHandle) -> Arc<super::Shard> {
+pub(super) fn shard(handle: &StoreHandle) -> Arc<super::Shard> {
     match handle.core().shards.current().entry(SHARD) {
         Some(Entry::Serving(shard)) => Arc::clone(shard),
         _ => panic!("the shard is not served"),
@@ -499,12 +499,86 @@ fn compaction_takes_the_space_of_dead_rows_back() {
     let shard = shard(&handle);
     assert_eq!(shard.database.estimate_keys(), 100);
     assert!(shard.database.disk_bytes() < 150_000, "{}", shard.database.disk_bytes());
-    assert!(shard.database.garbage().dropped_ns() > 0);
+    let garbage = shard.database.garbage();
+    assert!(garbage.dropped_ns() > 0);
+    assert_eq!((garbage.rows_expired(), garbage.tombstones_dropped()), (100, 200));
     assert_eq!(client.call(&[b"dbsize"]), "100");
     client.call(&[b"flushdb"]);
     handle.compact();
     assert_eq!(shard.database.estimate_keys(), 0);
     assert_eq!(client.call(&[b"exists", b"2"]), "0");
+}
+
+#[test]
+#[expect(clippy::disallowed_methods, reason = "rows expire by the clock")]
+fn compaction_leaves_a_tombstone_of_an_expired_row_and_gives_its_value_back() {
+    let folder = tempfile::tempdir().unwrap();
+    let handle = open(folder.path(), |_| {});
+    let mut client = Client::new(&handle);
+    let value: Vec<u8> = std::iter::repeat_with(|| fastrand::u8(..)).take(10_000).collect();
+    let physical = |number: u32| {
+        let mut physical = Vec::new();
+        vasto_proto::key::encode_key_into(&mut physical, number.to_string().as_bytes());
+        physical
+    };
+    for number in 0..200u32 {
+        let (key, time) = (number.to_string(), (1000 + number).to_string());
+        match number % 2 {
+            0 => client.add(1, &[b"set", key.as_bytes(), &value, b"px", b"1"]),
+            _ => client.add(1, &[b"set", key.as_bytes(), &value, b"px", b"1", b"EVENTTIME", time.as_bytes()]),
+        }
+    }
+    client.send();
+    let shard = shard(&handle);
+    let header = |number| {
+        let row = shard.database.get(&physical(number), crate::engine::Tier::Disk).unwrap().unwrap();
+        let (header, payload) = vasto_proto::row::Header::decode(&row).unwrap();
+        (header, payload.len())
+    };
+    let before: Vec<_> = (0..200).map(header).collect();
+    std::thread::sleep(Duration::from_millis(5));
+    handle.compact();
+    for (number, (expired, length)) in (0..200).zip(&before) {
+        assert_eq!((header(number), *length), ((expired.buried(), 0), value.len()), "{number}");
+        assert_eq!(expired.written_at_ns != 0, number % 2 == 1);
+    }
+    assert!(shard.database.disk_bytes() < 50_000, "{}", shard.database.disk_bytes());
+    let garbage = shard.database.garbage();
+    assert_eq!((garbage.rows_expired(), garbage.tombstones_dropped(), garbage.dropped_ns()), (200, 0, 0));
+}
+
+#[test]
+fn a_shard_of_an_older_format_is_raised_and_of_a_newer_one_refused() {
+    use crate::engine::meta;
+    let folder = tempfile::tempdir().unwrap();
+    let open_with = |version: u32| {
+        let handle = open(folder.path(), |_| {});
+        let shard = shard(&handle);
+        Client::new(&handle).call(&[b"set", b"k", b"v"]);
+        shard.database.put_meta_synced(meta::FORMAT, &version.to_be_bytes()).unwrap();
+        handle.close();
+    };
+    open_with(1);
+    {
+        let handle = open(folder.path(), |_| {});
+        let version = shard(&handle).database.meta(meta::FORMAT).unwrap();
+        assert_eq!(version.as_deref(), Some(&meta::FORMAT_VERSION.to_be_bytes()[..]));
+        assert_eq!(Client::new(&handle).call(&[b"get", b"k"]), "v");
+        handle.close();
+    }
+    open_with(meta::FORMAT_VERSION + 1);
+    let store = Store::open(Config { data: folder.path().to_owned(), ..Config::default() }).unwrap();
+    let mut client = Client::new(&store.handle());
+    client.add(1, &[b"get", b"k"]);
+    let (answers, _) = client.send();
+    let path = folder.path().join("shards/0-0");
+    let reason = format!(
+        "shard 0/0 cannot be opened: the shard in {} has format version {}; this program knows {} and older",
+        path.display(),
+        meta::FORMAT_VERSION + 1,
+        meta::FORMAT_VERSION
+    );
+    assert_eq!(answers[0], (Outcome::NotServing, reason));
 }
 
 #[test]

@@ -58,6 +58,21 @@ impl<'a> ShardView<'a> {
         self.shard.database.live_bytes()
     }
 
+    /// Expired rows that compactions have met since the shard was opened.
+    pub fn rows_expired_by_compaction(&self) -> u64 {
+        self.shard.database.garbage().rows_expired()
+    }
+
+    /// Tombstones that compactions have dropped since the shard was opened.
+    pub fn tombstones_dropped(&self) -> u64 {
+        self.shard.database.garbage().tombstones_dropped()
+    }
+
+    /// Rewrites the shard's files without its dead rows; blocks until it is done.
+    pub fn compact(&self) {
+        self.shard.database.compact();
+    }
+
     pub fn memtable_bytes(&self) -> u64 {
         self.shard.database.memtable_bytes()
     }

@@ -59,6 +59,7 @@ fn store_config(storage: &StorageOptions, proto_max_bulk_len: usize, stores: usi
         lane_threads: usize::from(storage.lane_threads),
         proto_max_bulk_len,
         gc_grace: Duration::from_secs(storage.gc_grace),
+        max_clock_skew: Duration::from_millis(storage.max_clock_skew),
         fsync: match storage.fsync {
             FsyncChoice::Always => vasto_store::Fsync::Always,
             FsyncChoice::Everysec => vasto_store::Fsync::EverySecond,

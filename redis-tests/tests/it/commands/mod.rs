@@ -62,6 +62,7 @@ scripts! {
     connection
     counters
     dump
+    event_time
     expiry
     keys
     many_keys

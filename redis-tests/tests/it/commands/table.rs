@@ -6,7 +6,7 @@ use redis_tests::script::Script;
 use redis_tests::{Connection, RedisServer, Server, Value};
 
 /// Commands that redis-server does not have.
-const OWN: &[&str] = &["keyslot", "keyspace", "stores", "topology"];
+const OWN: &[&str] = &["keyslot", "keyspace", "object|eventtime", "stores", "topology"];
 
 /// Subcommands of later versions of Redis that clients ask for.
 const OF_LATER_VERSIONS: &[&str] = &["client|setinfo", "client|no-touch"];
