@@ -4,6 +4,7 @@ use crate::settings::{Config, Settings};
 use crate::shared::Shared;
 use crate::upstream::link::Connector;
 use crate::worker::{NewSocket, Worker, WorkerParts};
+use crate::upstream::masters::Masters;
 use std::io::{self, Write};
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -100,6 +101,7 @@ impl Bound {
             slowlog: Default::default(),
             statistics: Default::default(),
             started: Instant::now(),
+            masters: Masters::new(self.config.masters.clone(), self.topology.clone()),
             started_at: SystemTime::now(),
             run_id: format!("{:016x}{:016x}{:08x}", fastrand::u64(..), fastrand::u64(..), fastrand::u32(..)),
             shutdown: shutdown.clone(),

@@ -5,6 +5,7 @@ use crate::settings::Settings;
 use crate::slowlog::Slowlog;
 use crate::statistics::Statistics;
 use std::time::{Instant, SystemTime};
+use crate::upstream::masters::Masters;
 use tokio_util::sync::CancellationToken;
 
 /// Shared by all workers; everything in it is safe to use from any of them.
@@ -15,6 +16,7 @@ pub struct Shared {
     pub slowlog: Slowlog,
     pub statistics: Statistics,
     pub started: Instant,
+    pub masters: Masters,
     pub started_at: SystemTime,
     /// 40 hexadecimal digits, drawn at start.
     pub run_id: String,

@@ -4,17 +4,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// When a write reaches the disk for good.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Fsync {
-    /// Before it is answered; all that wait share one sync.
-    Always,
-    /// Within a second, as Redis does by default.
-    #[default]
-    EverySecond,
-    /// When the kernel pleases.
-    Never,
-}
+pub use vasto_proto::topology::Fsync;
 
 /// Bytes of memory by purpose.
 #[derive(Clone, Debug)]
@@ -50,6 +40,7 @@ pub struct Config {
     pub proto_max_bulk_len: usize,
     /// How long a tombstone is remembered.
     pub gc_grace: Duration,
+    /// When writes of keyspaces are synced whose records do not say.
     pub fsync: Fsync,
     /// Files that RocksDB keeps open per shard; -1 = all.
     pub max_open_files: i32,

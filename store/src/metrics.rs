@@ -1,8 +1,12 @@
-//! Figures of the store: counted in plain atomics where commands run, handed to the recorder once a second.
+//! Figures of the store: counted in plain atomics where commands run, handed to the recorder once a second by a thread of its own:
+//! the one that syncs may hang in a sync, and that is when the figures are looked at.
 
+use crate::shard::durability::SyncFigures;
 use crate::shard::executor::Core;
 use metrics::{Histogram, counter, gauge, histogram};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc;
+use std::time::Duration;
 use vasto_proto::command::table::STORE_ROWS;
 
 /// What all sessions of a store count into.
@@ -26,7 +30,17 @@ impl Default for Counters {
 
 impl Counters {
     pub fn batch(&self, operations: usize) {
+/// How often figures reach the recorder: what Prometheus asks for is at most so old.
+const EXPORT_INTERVAL: Duration = Duration::from_secs(1);
+
         self.batch_operations.record(operations as f64);
+    /// The loop of the thread that exports; ends when the other end is dropped.
+    pub fn run(core: &Core, ended: &mpsc::Receiver<()>) {
+        while let Err(mpsc::RecvTimeoutError::Timeout) = ended.recv_timeout(EXPORT_INTERVAL) {
+            core.counters.export(core);
+        }
+    }
+
     }
 
     /// Adds one executor's counts and sets them back.
@@ -77,7 +91,19 @@ impl Counters {
         }
         gauge!("vasto_store_file_bytes").set(files as f64);
         gauge!("vasto_store_pending_compaction_bytes").set(pending as f64);
+        let (mut durability, mut lag) = (SyncFigures::default(), Duration::ZERO);
         gauge!("vasto_store_shards_stopped").set(stopped as f64);
         gauge!("vasto_store_shards_slowed").set(slowed as f64);
     }
 }
+            let figures = shard.durability.figures();
+            durability.syncs += figures.syncs;
+            durability.slow_syncs += figures.slow_syncs;
+            durability.held_batches += figures.held_batches;
+            durability.held_batches_now += figures.held_batches_now;
+            lag = lag.max(figures.lag.unwrap_or_default());
+        counter!("vasto_store_syncs_total").absolute(durability.syncs);
+        counter!("vasto_store_slow_syncs_total").absolute(durability.slow_syncs);
+        counter!("vasto_store_held_batches_total").absolute(durability.held_batches);
+        gauge!("vasto_store_held_batches").set(durability.held_batches_now as f64);
+        gauge!("vasto_store_sync_lag_seconds").set(lag.as_secs_f64());

@@ -3,6 +3,7 @@
 use crate::config::{Config, Limits};
 use crate::engine::garbage::Rules;
 use crate::engine::{Engine, EngineError};
+use crate::metrics::Counters;
 use crate::rpc;
 use crate::shard::Shard;
 use crate::shard::durability::SyncBell;
@@ -18,15 +19,15 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use thiserror::Error;
 use tokio_util::sync::CancellationToken;
 use vasto_proto::id::{ClusterId, KeyspaceId, ShardKey, StoreId};
 use vasto_proto::pb;
 use vasto_proto::slot::SlotTable;
-use vasto_proto::topology::KeyspaceRecord;
+use vasto_proto::topology::{Fsync, KeyspaceRecord};
 
 /// The layout of the data folder that this code reads and writes.
 const FORMAT_VERSION: u32 = 1;
@@ -106,6 +107,8 @@ struct Node {
     cluster: Mutex<ClusterId>,
     records: Mutex<BTreeMap<KeyspaceId, KeyspaceRecord>>,
     threads: Mutex<Vec<JoinHandle<()>>>,
+    /// Dropped to end the thread that hands figures to the recorder.
+    exporting: Mutex<Option<mpsc::Sender<()>>>,
     closed: AtomicBool,
     /// Held while the store lives, so that no second process opens the folder.
     _lock: File,
@@ -140,6 +143,7 @@ impl Store {
             cluster: Mutex::new(identity.cluster),
             records: Mutex::new(records),
             threads: Mutex::default(),
+            exporting: Mutex::default(),
             closed: AtomicBool::new(false),
             config,
             _lock: lock,
@@ -229,6 +233,11 @@ impl StoreHandle {
         self.node.put_record(record)
     }
 
+    /// When writes of keyspaces are synced whose records do not say.
+    pub fn fsync(&self) -> Fsync {
+        self.node.config.fsync
+    }
+
     /// Bytes free on the disk of the data folder; 0 if that cannot be told.
     pub fn free_disk_bytes(&self) -> u64 {
         rustix::fs::statvfs(&self.node.config.data).map_or(0, |disk| disk.f_bavail * disk.f_frsize)
@@ -273,6 +282,11 @@ impl Node {
         let mut threads = self.threads.lock();
         let core = Arc::clone(&self.core);
         threads.push(std::thread::Builder::new().name("store-sync".into()).spawn(move || SyncBell::run(&core))?);
+        let core = Arc::clone(&self.core);
+        let (exporting, ended) = mpsc::channel();
+        let thread = std::thread::Builder::new().name("store-figures".into());
+        threads.push(thread.spawn(move || Counters::run(&core, &ended))?);
+        *self.exporting.lock() = Some(exporting);
         for number in 0..self.config.lane_threads.max(1) {
             let core = Arc::clone(&self.core);
             let thread = std::thread::Builder::new().name(format!("store-lane-{number}"));
@@ -294,6 +308,7 @@ impl Node {
         }
         self.core.pool.stop();
         self.core.sync_bell.stop();
+        self.exporting.lock().take();
         for thread in self.threads.lock().drain(..) {
             let name = thread.thread().name().unwrap_or_default().to_owned();
             if thread.join().is_err() {
@@ -335,6 +350,7 @@ impl Node {
         let shards = &self.core.shards;
         let table = SlotTable::new(record.shard_count());
         let is_only_copy = record.copies == 1;
+        let fsync = record.settings.fsync.unwrap_or(self.config.fsync);
         let mut result = Ok(());
         let own: Vec<_> = record.shards_of(self.id).collect();
         for key in shards.current().keys() {
@@ -347,15 +363,17 @@ impl Node {
             if let Some(Entry::Serving(open)) = shards.current().entry(key) {
                 open.database.garbage().set_is_only_copy(is_only_copy);
                 open.set_epoch(described.epoch);
+                open.set_fsync(fsync, &self.core.sync_bell);
                 continue;
             }
             shards.set(key, Some(Entry::Opening));
             let path = self.config.data.join("shards").join(format!("{}-{}", key.keyspace, key.shard));
             let rules = Rules { grace: self.config.gc_grace, is_only_copy };
-            let opened =
-                self.core.engine.open(&path, rules).and_then(|database| {
-                    Shard::new(key, described.epoch, self.id, &table, database, self.config.fsync)
-                });
+            let opened = self
+                .core
+                .engine
+                .open(&path, rules)
+                .and_then(|database| Shard::new(key, described.epoch, self.id, &table, database, fsync));
             match opened {
                 Ok(shard) => shards.set(key, Some(Entry::Serving(Arc::new(shard)))),
                 Err(source) => {

@@ -163,7 +163,14 @@ pub fn keyspace_help(context: &mut Context<'_>, _args: Args<'_>) -> Result<Next,
     help(
         context,
         "KEYSPACE",
-        &["LIST", "    All keyspaces.", "INFO <name>", "    One keyspace with its shards and who serves them."],
+        &[
+            "ALTER <name> FSYNC (ALWAYS|EVERYSEC|NO)",
+            "    Changes when writes of a keyspace reach the disk for good.",
+            "INFO <name>",
+            "    One keyspace with its shards and who serves them.",
+            "LIST",
+            "    All keyspaces.",
+        ],
     )
 }
 

@@ -156,6 +156,7 @@ macro_rules! gateway_commands {
             KeyspaceList "keyspace|list" 2 [LOADING STALE] (0 0 0) Here topology::keyspace_list "vasto" "0.1.0" "Lists the keyspaces.";
             KeyspaceInfo "keyspace|info" 3 [LOADING STALE] (0 0 0) Here topology::keyspace_info "vasto" "0.1.0" "Describes a keyspace.";
         }
+            KeyspaceAlter "keyspace|alter" -5 [ADMIN LOADING STALE] (0 0 0) Here topology::keyspace_alter "vasto" "0.1.0" "Changes settings of a keyspace, for all gateways.";
     };
 }
 
