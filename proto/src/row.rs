@@ -91,6 +91,11 @@ impl Header {
     /// Most bytes of a string's or tombstone's header.
     pub const BYTES_MAX: usize = 2 + Stamp::BYTES + 8;
 
+    /// Bytes that the header takes.
+    pub fn encoded_bytes(&self) -> usize {
+        2 + Stamp::BYTES + if self.expires_at_ms != 0 { 8 } else { 0 }
+    }
+
     /// Appends the header; the payload follows it.
     pub fn encode_into(&self, out: &mut Vec<u8>) {
         let mut flags = 0;
@@ -159,6 +164,7 @@ mod tests {
         fn a_header_round_trips(header in any_header(), payload in any::<Vec<u8>>()) {
             let mut row = Vec::new();
             header.encode_into(&mut row);
+            prop_assert_eq!(row.len(), header.encoded_bytes());
             row.extend_from_slice(&payload);
             prop_assert_eq!(Header::decode(&row), Ok((header, payload.as_slice())));
         }

@@ -135,8 +135,12 @@ pub fn memory_help(context: &mut Context<'_>, _args: Args<'_>) -> Result<Next, C
         &[
             "DOCTOR",
             "    Says whether memory needs attention.",
+            "MALLOC-STATS",
+            "    What the kernel counts of this process's memory.",
             "PURGE",
             "    Accepted; the allocator gives memory back by itself.",
+            "STATS",
+            "    What memory is used for, here and in the stores.",
             "USAGE <key> [SAMPLES <count>]",
             "    The bytes of a key's row.",
         ],

@@ -68,11 +68,12 @@ impl Harness {
             masters: Masters::new(Vec::new(), tokio::sync::watch::channel(Arc::default()).1),
             started: Instant::now(),
             started_at: SystemTime::now(),
+            started_with: crate::process::Memory::read(),
             run_id: "0123456789abcdef0123456789abcdef01234567".to_owned(),
             shutdown: CancellationToken::new(),
         };
-        let client = shared.clients.register("127.0.0.1:5000".into(), "127.0.0.1:6379".into(), false);
         let master = packed(|reply| reply.ok());
+        let client = shared.clients.register("127.0.0.1:5000".into(), "127.0.0.1:6379".into(), false);
         let session = Session::new(client);
         Self {
             shared,
@@ -113,7 +114,6 @@ impl Harness {
             Ok(Next::RepliedAfter(delay)) => self.delay = Some(delay),
             Ok(Next::Silent) => return "(silent)".to_owned(),
             Ok(Next::Shutdown) => return "(shutdown)".to_owned(),
-            Ok(Next::Ask(ask)) => {
             Ok(Next::AskMaster(alteration, ask)) => {
                 self.altered = Some(alteration);
                 let answers = vec![self.master.clone()];
@@ -121,6 +121,7 @@ impl Harness {
                     return format!("-{}", error.text());
                 }
             }
+            Ok(Next::Ask(ask)) => {
                 if let Err(error) = self.drive(ask, &mut reply, shards) {
                     return format!("-{}", error.text());
                 }

@@ -72,8 +72,8 @@ macro_rules! store_commands {
             // `_exec watched-count (key token)… (command u16 LE, argument count u32 LE, argument…)…` answers an array of replies, or a null
             // array when a token is stale.
             InternalExec "_exec" -2 [WRITE INTERNAL] (0 0 0) OneShard transaction::exec "internal" "0.1.0" "A transaction on one shard.";
-            // `_stats` answers an array with one map of names and integers.
-            InternalStats "_stats" 1 [READONLY WALKS INTERNAL] (0 0 0) AllShards(Concat) keyspace::stats "internal" "0.1.0" "Figures of a shard.";
+            // `_stats [NOKEYS]` answers an array with one map of names and integers; with the word, nothing is walked.
+            InternalStats "_stats" -1 [READONLY WALKS INTERNAL] (0 0 0) AllShards(Concat) keyspace::stats "internal" "0.1.0" "Figures of a shard.";
         }
     };
 }
@@ -132,8 +132,10 @@ macro_rules! gateway_commands {
             Debug "debug" -2 [ADMIN NOSCRIPT LOADING STALE] (0 0 0) Here server::debug "server" "1.0.0" "Commands for tests: DEBUG SLEEP seconds holds up this connection.";
             Memory "memory" -2 [CONTAINER] (0 0 0) Here container::missing "server" "4.0.0" "Commands on memory.";
             MemoryHelp "memory|help" 2 [LOADING STALE] (0 0 0) Here container::memory_help "server" "4.0.0" "Lists the subcommands.";
-            MemoryDoctor "memory|doctor" 2 [] (0 0 0) Here server::memory_doctor "server" "4.0.0" "Says whether memory needs attention.";
-            MemoryPurge "memory|purge" 2 [] (0 0 0) Here server::memory_purge "server" "4.0.0" "Accepted; the allocator gives memory back by itself.";
+            MemoryDoctor "memory|doctor" 2 [] (0 0 0) Here memory::doctor "server" "4.0.0" "Says whether memory needs attention.";
+            MemoryMallocStats "memory|malloc-stats" 2 [] (0 0 0) Here memory::malloc_stats "server" "4.0.0" "Says what the allocator and the system know of this process's memory.";
+            MemoryPurge "memory|purge" 2 [] (0 0 0) Here memory::purge "server" "4.0.0" "Accepted; the allocator gives memory back by itself.";
+            MemoryStats "memory|stats" 2 [] (0 0 0) Here memory::stats "server" "4.0.0" "Shows what memory is used for, here and in the stores of the keyspace.";
             Slowlog "slowlog" -2 [CONTAINER] (0 0 0) Here container::missing "server" "2.2.12" "Commands on the log of slow commands.";
             SlowlogHelp "slowlog|help" 2 [LOADING STALE] (0 0 0) Here container::slowlog_help "server" "6.2.0" "Lists the subcommands.";
             SlowlogGet "slowlog|get" -2 [ADMIN LOADING STALE] (0 0 0) Here slowlog::get "server" "2.2.12" "Returns the slowest commands of this gateway.";
@@ -154,9 +156,9 @@ macro_rules! gateway_commands {
             Keyspace "keyspace" -2 [CONTAINER] (0 0 0) Here container::missing "vasto" "0.1.0" "Commands on keyspaces.";
             KeyspaceHelp "keyspace|help" 2 [LOADING STALE] (0 0 0) Here container::keyspace_help "vasto" "0.1.0" "Lists the subcommands.";
             KeyspaceList "keyspace|list" 2 [LOADING STALE] (0 0 0) Here topology::keyspace_list "vasto" "0.1.0" "Lists the keyspaces.";
+            KeyspaceAlter "keyspace|alter" -5 [ADMIN LOADING STALE] (0 0 0) Here topology::keyspace_alter "vasto" "0.1.0" "Changes settings of a keyspace, for all gateways.";
             KeyspaceInfo "keyspace|info" 3 [LOADING STALE] (0 0 0) Here topology::keyspace_info "vasto" "0.1.0" "Describes a keyspace.";
         }
-            KeyspaceAlter "keyspace|alter" -5 [ADMIN LOADING STALE] (0 0 0) Here topology::keyspace_alter "vasto" "0.1.0" "Changes settings of a keyspace, for all gateways.";
     };
 }
 

@@ -1,5 +1,6 @@
 //! The commands a shard executes: which function runs each row of the command table, and what must be known before it runs.
 
+pub mod census;
 pub mod cursor;
 mod expiry;
 mod float;
@@ -7,6 +8,8 @@ mod generic;
 pub mod glob;
 mod keyspace;
 mod lcs;
+mod random;
+mod source;
 mod string;
 mod transaction;
 

@@ -7,6 +7,7 @@ use rocksdb::{
     Cache, ColumnFamily, ColumnFamilyDescriptor, DB, DBPinnableSlice, DBRawIterator, ErrorKind, ReadOptions, ReadTier,
     WriteBatch, WriteOptions,
 };
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -219,8 +220,16 @@ impl Database {
         self.figure(properties::TOTAL_SST_FILES_SIZE)
     }
 
-    pub fn live_bytes(&self) -> u64 {
-        self.figure(properties::ESTIMATE_LIVE_DATA_SIZE)
+    /// Bytes of files between physical keys, to a block or so for each file; rows that are in memory only have none.
+    pub fn bytes_between(&self, ranges: &[Range<Vec<u8>>]) -> Vec<u64> {
+        let ranges: Vec<rocksdb::Range<'_>> =
+            ranges.iter().map(|range| rocksdb::Range::new(&range.start, &range.end)).collect();
+        self.db.get_approximate_sizes_cf(self.family(KEYS), &ranges)
+    }
+
+    /// The number of the last write; each row has its own.
+    pub fn sequence(&self) -> u64 {
+        self.db.latest_sequence_number()
     }
 
     pub fn memtable_bytes(&self) -> u64 {

@@ -6,6 +6,7 @@ use super::stripes::StripeGuard;
 use super::view::ShardView;
 use crate::config::Limits;
 use crate::engine::{EngineError, Tier};
+use crate::metrics::Counters;
 use bytes::Bytes;
 use std::ops::Range;
 use vasto_proto::batch::Outcome;
@@ -61,6 +62,7 @@ pub struct Context<'a> {
     pub(super) batch: &'a [u8],
     pub(super) answers: &'a mut Vec<u8>,
     pub(super) limits: &'a Limits,
+    pub(super) counters: &'a Counters,
     pub(super) tier: Tier,
     pub(super) has_large_permit: bool,
     pub(super) now_ns: u64,
@@ -75,6 +77,11 @@ impl<'a> Context<'a> {
     /// Unix time in milliseconds, read once per batch.
     pub fn now_ms(&self) -> u64 {
         self.now_ms
+    }
+
+    /// Bytes that the store's row cache holds, as of the last second.
+    pub fn row_cache_bytes(&self) -> u64 {
+        self.counters.row_cache_bytes()
     }
 
     /// Refuses to make a value above the large-value threshold without a permit; before anything is written.

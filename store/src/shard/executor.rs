@@ -458,6 +458,7 @@ impl Executor {
                 batch,
                 answers,
                 limits: &core.limits,
+                counters: &core.counters,
                 tier: place.tier(),
                 has_large_permit: operation.head.flags & FLAG_LARGE_PERMIT != 0,
                 now_ns,
