@@ -11,4 +11,5 @@ mod process;
 mod protocol;
 mod restart;
 mod scan;
+mod settings;
 mod tidy;

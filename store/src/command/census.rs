@@ -2,8 +2,7 @@
 //!
 //! A slot is one contiguous range on disk, so a sample of slots is cheap to read and, keys being hashed to slots, fair. What hash tags
 //! make of it is dealt with apart: slots that hold much of the files' bytes are found by their bytes and always looked at. What is in
-//! memory only has no bytes yet: a long slot among these rows, which are some hundred thousand at most, may be missed by the sample
-//! until it is written out.
+//! memory only has no bytes yet: if that is more than a sixteenth of the rows it is written out first.
 //!
 //! A long slot is not read to its end. Its keys are a tree, byte by byte: the tree is laid open from its root until it has some dozens
 //! of branches, and in each branch some random ways lead down to where few rows are left. Those rows, times the number of ways that
@@ -192,6 +191,7 @@ impl<S: Source> Sample<'_, S> {
         begun_at: &[u8],
         rest: &[u16],
     ) -> Result<Census, S::Error> {
+        self.source.write_out();
         let heavy = self.heavy_slots(rest);
         let mut light: Vec<u16> = rest.iter().copied().filter(|slot| !heavy.contains(slot)).collect();
         self.random.shuffle(&mut light);
@@ -259,13 +259,13 @@ impl<S: Source> Sample<'_, S> {
                 break;
             }
             for way in 1..=ways {
-                let (leaf, times) = self.descend(branch.clone())?;
+                let (rows, times) = self.descend(branch.clone())?;
                 if times == 1.0 {
                     // The whole branch was read.
-                    found.add(&leaf, f64::from(ways - way + 1) / f64::from(ways));
+                    found.add(&rows, f64::from(ways - way + 1) / f64::from(ways));
                     break;
                 }
-                found.add(&leaf, times / f64::from(ways));
+                found.add(&rows, 1.0 / f64::from(ways));
             }
             looked_at += 1;
         }
@@ -302,10 +302,11 @@ impl<S: Source> Sample<'_, S> {
         Ok(())
     }
 
-    /// Goes down from a prefix by a random way; what is at its end, and how many ends there are if all are alike.
+    /// Goes down from a prefix by a random way: the rows below if all ways are like it, and how many ways there are then.
     fn descend(&mut self, mut prefix: Vec<u8>) -> Result<(Counts, f64), S::Error> {
         let depth_max = prefix.len() + DEPTH_MAX;
         let mut times = 1.0;
+        let mut found = Counts::default();
         loop {
             let rows_max = if prefix.len() < depth_max { LEAF_ROWS } else { DEEP_LEAF_ROWS };
             let mut counts = Counts::default();
@@ -320,22 +321,27 @@ impl<S: Source> Sample<'_, S> {
             }
             self.rows += rows;
             if prefix.len() >= depth_max || !self.source.is_below(&prefix) {
-                return Ok((counts, times));
+                found.add(&counts, times);
+                return Ok((found, times));
             }
             // Down to the next fork.
             loop {
-                let children = children(self.source, &prefix)?;
-                times *= children.len().max(1) as f64;
-                match self.random.choice(children.iter()) {
-                    Some(Child::Byte(byte)) => prefix.push(*byte),
-                    Some(Child::Itself) => {
-                        let mut one = Counts::default();
-                        self.note_one(&prefix, &mut one)?;
-                        return Ok((one, times));
+                let mut bytes = Vec::new();
+                for child in children(self.source, &prefix)? {
+                    match child {
+                        // A key that others begin with is no way, but on all ways behind it.
+                        Child::Itself => {
+                            let mut itself = Counts::default();
+                            self.note_one(&prefix, &mut itself)?;
+                            found.add(&itself, times);
+                        }
+                        Child::Byte(byte) => bytes.push(byte),
                     }
-                    None => return Ok((Counts::default(), times)),
                 }
-                if children.len() > 1 || prefix.len() >= depth_max {
+                let Some(byte) = self.random.choice(bytes.iter()) else { return Ok((found, times)) };
+                prefix.push(*byte);
+                times *= bytes.len() as f64;
+                if bytes.len() > 1 || prefix.len() >= depth_max {
                     break;
                 }
             }
@@ -508,6 +514,8 @@ mod tests {
         fn key(&self) -> Option<&[u8]> {
             self.key.as_deref()
         }
+
+        fn write_out(&mut self) {}
 
         fn bytes(&self, ranges: &[Range<Vec<u8>>]) -> Vec<u64> {
             ranges.iter().map(|range| (self.place(&range.end) - self.place(&range.start)) * self.file_bytes).collect()

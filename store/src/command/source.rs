@@ -25,6 +25,9 @@ pub trait Source {
     /// Bytes of files between physical keys; rows that are in memory only have none.
     fn bytes(&self, ranges: &[Range<Vec<u8>>]) -> Vec<u64>;
 
+    /// Called before the bytes are asked for: puts into files what only memory has, if it is much.
+    fn write_out(&mut self);
+
     fn is_below(&self, prefix: &[u8]) -> bool {
         self.key().is_some_and(|key| key.starts_with(prefix))
     }

@@ -216,6 +216,11 @@ impl Database {
         self.figure(properties::ESTIMATE_NUM_KEYS)
     }
 
+    /// Rows in memtables, what was overwritten included.
+    pub fn memory_rows(&self) -> u64 {
+        self.figure(properties::NUM_ENTRIES_ACTIVE_MEM_TABLE) + self.figure(properties::NUM_ENTRIES_IMM_MEM_TABLES)
+    }
+
     pub fn disk_bytes(&self) -> u64 {
         self.figure(properties::TOTAL_SST_FILES_SIZE)
     }

@@ -61,6 +61,18 @@ impl<'a> ShardView<'a> {
         self.shard.database.bytes_between(ranges)
     }
 
+    /// Rows that no file has, what was overwritten included.
+    pub fn memory_rows(&self) -> u64 {
+        self.shard.database.memory_rows()
+    }
+
+    /// Puts into files what only memory has; an estimate can do without, so an error is left to those who write.
+    pub fn write_out(&self) {
+        if let Err(error) = self.shard.database.flush() {
+            tracing::debug!(shard = %self.shard.key, %error, "cannot write out the memtables for an estimate");
+        }
+    }
+
     /// What a count of the rows depends on.
     pub fn moment(&self) -> Moment {
         Moment { sequence: self.shard.database.sequence(), flush_ns: self.flush_ns }
