@@ -14,6 +14,8 @@ const SHARD_ROWS_MAX: u64 = 1_000;
 /// Slots that are put together, and rows of one that are read before its keys are chosen by their bytes.
 const SLOTS_POOLED: usize = 8;
 const SLOT_ROWS_MAX: u64 = 128;
+/// Ways down the tree of one slot that a choice is among.
+const WAYS: usize = 8;
 /// Of so many choices one takes slots as they come.
 const AS_THEY_COME: usize = 8;
 /// Choices that find nothing, in slots without a key, before the next key from a random place on is taken.
@@ -31,7 +33,7 @@ struct Choice {
 impl Choice {
     /// Offers a key that stands for `weight` keys.
     fn offer(&mut self, key: &[u8], weight: u64) {
-        self.seen += weight;
+        self.seen = self.seen.saturating_add(weight);
         if weight > 0 && fastrand::u64(..self.seen) < weight {
             self.chosen = Some(key.to_vec());
         }
@@ -49,7 +51,11 @@ pub fn physical_key<S: Source>(source: &mut S, slots: &[u16], chances: &Chances)
         let mut choice = Choice::default();
         let weighted = if fastrand::usize(..AS_THEY_COME) == 0 { None } else { by_keys(chances) };
         match weighted {
-            Some(slot) => choose_below(source, start_of(slot), &mut choice)?,
+            Some(slot) => {
+                for _ in 0..WAYS {
+                    choose_below(source, start_of(slot), &mut choice)?;
+                }
+            }
             None => {
                 for _ in 0..SLOTS_POOLED {
                     let Some(slot) = fastrand::choice(slots) else { return Ok(None) };
@@ -88,27 +94,33 @@ fn choose_from<S: Source>(source: &mut S, prefix: &[u8], rows_max: u64, choice: 
 }
 
 /// Offers one of the rows that begin with a prefix, standing for as many as were seen of them; of many, goes on with those that have
-/// one of the bytes that come next.
+/// one of the bytes that come next, and each then stands for as many as there were bytes: some ways together are fair.
 fn choose_below<S: Source>(source: &mut S, mut prefix: Vec<u8>, choice: &mut Choice) -> Result<(), S::Error> {
     let depth_max = prefix.len() + DEPTH_MAX;
+    let mut times = 1u64;
     loop {
         source.seek(&prefix);
         let mut found = Choice::default();
         let is_all = choose_from(source, &prefix, SLOT_ROWS_MAX, &mut found)?;
         if is_all || prefix.len() >= depth_max {
             if let Some(key) = found.chosen {
-                choice.offer(&key, found.seen);
+                choice.offer(&key, found.seen.saturating_mul(times));
             }
             return Ok(());
         }
         // Down to where keys differ.
         loop {
             let children = children(source, &prefix)?;
+            times = times.saturating_mul(children.len() as u64);
             match fastrand::choice(children.iter()) {
                 Some(Child::Byte(byte)) => prefix.push(*byte),
                 Some(Child::Itself) => {
                     source.seek(&prefix);
-                    choose_from(source, &prefix, 1, choice)?;
+                    let mut itself = Choice::default();
+                    choose_from(source, &prefix, 1, &mut itself)?;
+                    if let Some(key) = itself.chosen {
+                        choice.offer(&key, times);
+                    }
                     return Ok(());
                 }
                 None => return Ok(()),
