@@ -721,6 +721,8 @@ impl Connection {
         let connection = Rc::clone(self);
         self.worker.spawn(async move {
             let answer = connection.shared().masters.alter(alteration).await;
+            // The worker may not have had its turn to look; who made a change sees it at once.
+            connection.worker.adopt(connection.shared().masters.latest());
             if connection.is_closed.get() {
                 return;
             }

@@ -58,6 +58,11 @@ impl Masters {
         reply
     }
 
+    /// The newest snapshot of the cluster.
+    pub fn latest(&self) -> Arc<Snapshot> {
+        Arc::clone(&self.topology.borrow())
+    }
+
     async fn try_alter(&self, alteration: &Alteration) -> Result<KeyspaceRecord, CommandError> {
         let mut reason = "this gateway has no address of one".to_owned();
         for master in &self.addresses {
