@@ -11,6 +11,7 @@ use crate::route::merge::Gather;
 use crate::routing::Routing;
 use crate::session::{Protocol, Session};
 use crate::shared::Shared;
+use crate::upstream::masters::Alteration;
 use crate::upstream::pool::{Refused, Request, packed_arguments};
 use crate::worker::Worker;
 use std::cell::{Cell, RefCell};
@@ -701,6 +702,41 @@ impl Connection {
                 self.owe_packed(state, &packed, is_muted, protocol);
             }
         }
+    }
+
+    /// Starts a command in rounds with a question to the master; later commands wait.
+    pub fn ask_master(
+        self: &Rc<Self>,
+        state: &mut State,
+        command: Command,
+        alteration: Alteration,
+        ask: Box<dyn Ask>,
+        is_muted: bool,
+    ) {
+        let (protocol, started) = (state.session.protocol, self.worker.now());
+        let sequence = state.next_sequence();
+        let reply = PendingReply::Ask(Box::new(AskInProgress { ask, answers: vec![None], left: 1 }));
+        state.ring.push_back(Pending { reply, protocol, is_muted, command, started });
+        state.is_barred = true;
+        let connection = Rc::clone(self);
+        self.worker.spawn(async move {
+            let answer = connection.shared().masters.alter(alteration).await;
+            // The worker may not have had its turn to look; who made a change sees it at once.
+            connection.worker.adopt(connection.shared().masters.latest());
+            if connection.is_closed.get() {
+                return;
+            }
+            let state = &mut *connection.state.borrow_mut();
+            let index = (sequence - state.first_sequence) as usize;
+            if let PendingReply::Ask(progress) = &mut state.ring[index].reply {
+                progress.answers[0] = Some(answer);
+                progress.left = 0;
+            }
+            connection.worker.read_clock();
+            connection.next_round(state, index);
+            connection.flush(state);
+            connection.wake();
+        });
     }
 
     fn context<'a>(&'a self, session: &'a mut Session, routing: &'a Routing, reply: &'a mut Vec<u8>) -> Context<'a> {

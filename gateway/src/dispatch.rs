@@ -230,6 +230,7 @@ fn run_here(connection: &Rc<Connection>, state: &mut State, command: GatewayComm
         }
         Ok(Next::Silent) => connection.account(&state.session, row, started, &[], words),
         Ok(Next::Ask(ask)) => connection.start_ask(state, row, ask, is_muted),
+        Ok(Next::AskMaster(alteration, ask)) => connection.ask_master(state, row, alteration, ask, is_muted),
         Ok(Next::RepliedAfter(after)) => connection.owe_later(state, row, packed, is_muted, after),
         Ok(Next::Shutdown) => {
             connection.shared().shutdown.cancel();

@@ -127,6 +127,7 @@ pub fn merge(known: &Snapshot, received: Snapshot) -> Result<Snapshot, OtherClus
             && let Some(before) = known.store(store.id)
         {
             store.address.clone_from(&before.address);
+            store.fsync = before.fsync;
         }
     }
     let is_forgotten = |store: &&StoreInfo| {
@@ -177,7 +178,8 @@ mod tests {
     use vasto_proto::topology::KeyspaceRecord;
 
     fn store(id: u32, address: &str) -> StoreInfo {
-        StoreInfo { id: StoreId(id), address: address.to_owned(), up: !address.is_empty(), free_disk_bytes: 1 }
+        let up = !address.is_empty();
+        StoreInfo { id: StoreId(id), address: address.to_owned(), up, free_disk_bytes: 1, fsync: None }
     }
 
     fn snapshot(cluster: u64, stores: &[StoreInfo]) -> Snapshot {

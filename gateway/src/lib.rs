@@ -11,6 +11,7 @@ mod dispatch;
 pub mod follow;
 mod listener;
 pub mod metrics;
+pub mod process;
 mod resp;
 mod route;
 pub mod routing;

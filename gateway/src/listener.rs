@@ -1,8 +1,10 @@
 //! Accepts clients and hands each to the least loaded worker.
 
+use crate::process::Memory;
 use crate::settings::{Config, Settings};
 use crate::shared::Shared;
 use crate::upstream::link::Connector;
+use crate::upstream::masters::Masters;
 use crate::worker::{NewSocket, Worker, WorkerParts};
 use std::io::{self, Write};
 use std::net::SocketAddr;
@@ -99,8 +101,10 @@ impl Bound {
             clients: Default::default(),
             slowlog: Default::default(),
             statistics: Default::default(),
+            masters: Masters::new(self.config.masters.clone(), self.topology.clone()),
             started: Instant::now(),
             started_at: SystemTime::now(),
+            started_with: Memory::read(),
             run_id: format!("{:016x}{:016x}{:08x}", fastrand::u64(..), fastrand::u64(..), fastrand::u32(..)),
             shutdown: shutdown.clone(),
         });

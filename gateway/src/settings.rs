@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicI64, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 use vasto_proto::error::{self, CommandError};
+use vasto_proto::topology::{Fsync, Settings as KeyspaceSettings};
 
 /// What a gateway starts with.
 #[derive(Clone, Debug)]
@@ -34,6 +35,8 @@ pub struct Config {
     pub output_stall_timeout: Duration,
     /// A command that no store has answered after this time fails.
     pub request_deadline: Duration,
+    /// Addresses of the masters, host:port, for the commands that change keyspaces.
+    pub masters: Vec<String>,
     /// Where the data of this process lies, for CONFIG GET dir; `None` in a gateway of its own.
     pub data_directory: Option<String>,
 }
@@ -53,6 +56,7 @@ impl Default for Config {
             output_buffer_limit: 1 << 20,
             output_stall_timeout: Duration::from_secs(30),
             request_deadline: Duration::from_secs(5),
+            masters: Vec::new(),
             data_directory: None,
         }
     }
@@ -95,6 +99,8 @@ pub enum Effect {
     Live(Live),
     /// It is accepted and kept; nothing here depends on it.
     Kept,
+    /// It lies in the record of the connection's keyspace and is changed through the master, for all gateways.
+    OfKeyspace(OfKeyspace),
     /// It says what is so and can be set to nothing else; the text says why.
     Stated(&'static str),
     /// As Redis, which cannot change it while it runs.
@@ -116,6 +122,12 @@ pub enum Live {
     SlowlogMaxLen,
     LatencyTracking,
     LatencyPercentiles,
+}
+
+/// The settings of a keyspace.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OfKeyspace {
+    Fsync,
 }
 
 /// One setting.
@@ -177,12 +189,7 @@ pub const SETTINGS: &[Setting] = &[
     row("activedefrag", "no", Kind::Bool, Effect::Kept),
     row("activerehashing", "yes", Kind::Bool, Effect::Kept),
     row("aof-use-rdb-preamble", "yes", Kind::Bool, Effect::Kept),
-    row(
-        "appendfsync",
-        "everysec",
-        Kind::Choice(&["everysec", "always", "no"]),
-        Effect::Stated("the log is synced every second"),
-    ),
+    row("appendfsync", "everysec", Kind::Choice(&["everysec", "always", "no"]), Effect::OfKeyspace(OfKeyspace::Fsync)),
     row("appendonly", "yes", Kind::Bool, ALWAYS_LOGGED),
     row("auto-aof-rewrite-min-size", "67108864", BYTES, Effect::Kept),
     row("auto-aof-rewrite-percentage", "100", COUNT, Effect::Kept),
@@ -317,6 +324,14 @@ fn find(name: &[u8]) -> Option<usize> {
     })
 }
 
+/// What a CONFIG SET changes: values that were checked.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Changes {
+    /// Places in [`SETTINGS`] and their new texts.
+    here: Vec<(usize, String)>,
+    pub of_keyspace: KeyspaceSettings,
+}
+
 /// The live settings: texts for CONFIG GET, numbers for the hot path.
 #[derive(Debug)]
 pub struct Settings {
@@ -441,9 +456,21 @@ impl Settings {
         find(name.as_bytes()).map(|place| self.texts.read()[place].clone()).unwrap_or_default()
     }
 
-    /// Names and values that CONFIG GET answers: a name as it was asked, or all names that match a pattern; each once.
-    pub fn get(&self, asked: impl IntoIterator<Item = impl AsRef<[u8]>>) -> Vec<(Vec<u8>, String)> {
-        let texts = self.texts.read();
+    fn texts_with(&self, fsync: Fsync) -> Vec<String> {
+        let mut texts = self.texts.read().clone();
+        for (setting, text) in SETTINGS.iter().zip(&mut texts) {
+            match setting.effect {
+                Effect::OfKeyspace(OfKeyspace::Fsync) => fsync.word().clone_into(text),
+                Effect::Live(_) | Effect::Kept | Effect::Stated(_) | Effect::Fixed => {}
+            }
+        }
+        texts
+    }
+
+    /// Names and values that CONFIG GET answers: a name as it was asked, or all names that match a pattern; each once. `fsync` is
+    /// that of the keyspace of whoever asks.
+    pub fn get(&self, asked: impl IntoIterator<Item = impl AsRef<[u8]>>, fsync: Fsync) -> Vec<(Vec<u8>, String)> {
+        let texts = self.texts_with(fsync);
         let mut found: Vec<(Vec<u8>, String)> = Vec::new();
         let mut add = |name: &[u8], text: &String| {
             if !found.iter().any(|(known, _)| known.eq_ignore_ascii_case(name)) {
@@ -471,6 +498,12 @@ impl Settings {
 
     /// Changes all of the settings or, when one is refused, none.
     pub fn set<N: AsRef<[u8]>, V: AsRef<[u8]>>(&self, pairs: &[(N, V)]) -> Result<(), CommandError> {
+        self.make(self.check(pairs)?);
+        Ok(())
+    }
+
+    /// What the pairs change, if all of them may be set.
+    pub fn check<N: AsRef<[u8]>, V: AsRef<[u8]>>(&self, pairs: &[(N, V)]) -> Result<Changes, CommandError> {
         let mut chosen: Vec<(usize, &[u8], String)> = Vec::with_capacity(pairs.len());
         for (name, value) in pairs {
             let (name, value) = (name.as_ref(), value.as_ref());
@@ -483,8 +516,8 @@ impl Settings {
             }
             chosen.push((place, name, String::from_utf8_lossy(value).into_owned()));
         }
-        let mut texts = self.texts.write();
-        let mut changed: Vec<(usize, String)> = Vec::with_capacity(chosen.len());
+        let texts = self.texts.read();
+        let mut changes = Changes::default();
         for (place, name, value) in chosen {
             let (setting, current) = (&SETTINGS[place], &texts[place]);
             let shown = name.to_ascii_lowercase();
@@ -494,13 +527,21 @@ impl Settings {
             {
                 return Err(refused(&shown, reason));
             }
-            changed.push((place, text));
+            match setting.effect {
+                Effect::OfKeyspace(OfKeyspace::Fsync) => changes.of_keyspace.fsync = Fsync::from_word(text.as_bytes()),
+                Effect::Live(_) | Effect::Kept | Effect::Stated(_) | Effect::Fixed => changes.here.push((place, text)),
+            }
         }
-        for (place, text) in changed {
+        Ok(changes)
+    }
+
+    /// Makes the changes of this gateway; those of the keyspace are the master's.
+    pub fn make(&self, changes: Changes) {
+        let mut texts = self.texts.write();
+        for (place, text) in changes.here {
             self.enact(&SETTINGS[place], &text);
             texts[place] = text;
         }
-        Ok(())
     }
 
     /// Brings a valid text to where it acts.
@@ -689,6 +730,7 @@ pub fn document() -> String {
             Effect::Live(_) => "acts at once",
             Effect::Kept => "accepted and kept, without effect",
             Effect::Stated(reason) => reason,
+            Effect::OfKeyspace(_) => "acts at once on the keyspace of the connection, wherever it is",
             Effect::Fixed => "fixed at start",
         };
         let _ = writeln!(text, "| `{}`{alias} | {default} | {effect} |", setting.name);
@@ -757,6 +799,10 @@ mod tests {
             ("requirepass|", "OK".to_owned()),
             ("save|", "OK".to_owned()),
             ("appendonly|yes|appendfsync|everysec", "OK".to_owned()),
+            (
+                "APPENDFSYNC|sometimes",
+                failed("appendfsync", "argument(s) must be one of the following: everysec, always, no"),
+            ),
         ] {
             assert_eq!(set(&settings, line), answer, "{line}");
         }
@@ -803,7 +849,11 @@ mod tests {
     fn names_and_patterns_are_found_in_any_case_and_once() {
         let settings = Settings::new(&Config::default());
         let names = |asked: &[&str]| -> Vec<String> {
-            settings.get(asked).into_iter().map(|(name, _)| String::from_utf8(name).expect("text")).collect()
+            settings
+                .get(asked, Fsync::default())
+                .into_iter()
+                .map(|(name, _)| String::from_utf8(name).expect("text"))
+                .collect()
         };
         assert_eq!(names(&["HZ", "hz", "Timeout", "h?", "nosuch"]), ["HZ", "Timeout"]);
         assert_eq!(names(&["LIST-max*"]), ["list-max-listpack-size", "list-max-ziplist-size"]);

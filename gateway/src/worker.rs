@@ -212,7 +212,8 @@ impl Worker {
         }
     }
 
-    fn adopt(&self, snapshot: Arc<Snapshot>) {
+    /// Routes by this snapshot from now on.
+    pub fn adopt(&self, snapshot: Arc<Snapshot>) {
         *self.routing.borrow_mut() = Rc::new(Routing::new(snapshot));
         // Whoever waits for this topology need not wait for the next look.
         let due = std::mem::take(&mut *self.to_check.borrow_mut());

@@ -5,14 +5,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use metrics::{counter, gauge};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 use vasto_proto::pb;
-use vasto_proto::topology::Snapshot;
+use vasto_proto::topology::{KeyspaceRecord, Snapshot};
 
-use crate::state::{Action, Effect, Event, Refusal, Report, SessionId, State};
+use crate::state::{
+    Action, AlterError, AlterResult, Alteration, Effect, Event, Refusal, Report, RequestId, SessionId, State,
+};
 
 /// How often silence is looked for: a store is found down at most so much later than the limit says.
 const TICK: Duration = Duration::from_millis(250);
@@ -36,6 +38,7 @@ enum Input {
     Opened { session: SessionId, directives: DirectiveSender },
     Reported { session: SessionId, report: Report },
     Ended { session: SessionId, reason: Option<SessionEnd> },
+    Alter { alteration: Alteration, answer: oneshot::Sender<AlterResult> },
 }
 
 /// The way to the driver for the rpc module.
@@ -44,6 +47,14 @@ pub struct Link {
     inputs: mpsc::Sender<Input>,
     sessions: std::sync::atomic::AtomicU64,
     topology: watch::Receiver<Arc<Snapshot>>,
+}
+
+/// Why a keyspace was not altered.
+#[derive(Debug)]
+pub enum AlterFailure {
+    Refused(AlterError),
+    /// What becomes of it, the next master finds on the stores.
+    Stopped,
 }
 
 /// The driver has stopped.
@@ -67,6 +78,13 @@ impl Link {
         self.send(Input::Ended { session, reason }).await
     }
 
+    /// Changes a keyspace; returns when its stores have confirmed the change, or have not in time.
+    pub async fn alter(&self, alteration: Alteration) -> Result<KeyspaceRecord, AlterFailure> {
+        let (answer, answered) = oneshot::channel();
+        self.send(Input::Alter { alteration, answer }).await.map_err(|_| AlterFailure::Stopped)?;
+        answered.await.map_err(|_| AlterFailure::Stopped)?.map_err(AlterFailure::Refused)
+    }
+
     /// The snapshot as it is now, and a notice of each change; whoever is slow sees the latest.
     pub fn topology(&self) -> watch::Receiver<Arc<Snapshot>> {
         self.topology.clone()
@@ -81,6 +99,9 @@ pub struct Driver {
     state: State,
     inputs: mpsc::Receiver<Input>,
     directives: HashMap<SessionId, DirectiveSender>,
+    /// Those who wait for a change; bounded by [`EVENT_QUEUE_MAX`] a turn and by the patience that the state has with each.
+    waiting: HashMap<RequestId, oneshot::Sender<AlterResult>>,
+    requests: u64,
     topology: watch::Sender<Arc<Snapshot>>,
     shutdown: CancellationToken,
 }
@@ -90,7 +111,8 @@ impl Driver {
         let (sender, inputs) = mpsc::channel(EVENT_QUEUE_MAX);
         let (topology, receiver) = watch::channel(Arc::new(state.snapshot().clone()));
         let link = Link { inputs: sender, sessions: 1.into(), topology: receiver };
-        (Self { state, inputs, directives: HashMap::new(), topology, shutdown }, link)
+        let (directives, waiting) = (HashMap::new(), HashMap::new());
+        (Self { state, inputs, directives, waiting, requests: 0, topology, shutdown }, link)
     }
 
     /// Runs until shutdown; then every session and watcher sees the end of its stream.
@@ -126,6 +148,13 @@ impl Driver {
                         }
                         Event::SessionEnded { session }
                     }
+                    Some(Input::Alter { alteration, answer }) => {
+                        info!(keyspace = alteration.name, changes = ?alteration.changes, "a keyspace is to be altered");
+                        self.requests += 1;
+                        let request = RequestId(self.requests);
+                        self.waiting.insert(request, answer);
+                        Event::AlterRequested { request, alteration }
+                    }
                     None => return,
                 },
                 _ = ticks.tick() => Event::TimePassed,
@@ -150,7 +179,17 @@ impl Driver {
                 }
             }
         }
+        // The topology first: who hears that a change holds finds it there.
         self.publish();
+        for (request, result) in self.state.take_answers() {
+            if let Err(error) = &result {
+                warn!(%error, "a keyspace was not altered");
+            }
+            if let Some(answer) = self.waiting.remove(&request) {
+                // Nobody waits any more: the gateway is gone.
+                let _ = answer.send(result);
+            }
+        }
     }
 
     /// Whether the session goes on.

@@ -10,13 +10,13 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tonic::{Request, Response, Status, Streaming};
 use tracing::debug;
-use vasto_proto::id::{ClusterId, StoreId};
+use vasto_proto::id::{ClusterId, Epoch, StoreId};
 use vasto_proto::pb::master_server::{Master, MasterServer};
-use vasto_proto::topology::{KeyspaceRecord, RecordError};
+use vasto_proto::topology::{Fsync, KeyspaceRecord, RecordError, Settings};
 use vasto_proto::{PROTOCOL_VERSION, net, pb};
 
-use crate::driver::{Link, SessionEnd, Stopped};
-use crate::state::{Report, SessionId};
+use crate::driver::{AlterFailure, Link, SessionEnd, Stopped};
+use crate::state::{Alteration, Report, SessionId};
 
 pub struct Service {
     link: Arc<Link>,
@@ -87,6 +87,23 @@ impl Master for Service {
         let snapshots = WatchStream::new(self.link.topology());
         Ok(Response::new(Box::pin(snapshots.map(|snapshot| Ok(pb::Topology::from(snapshot.as_ref()))))))
     }
+
+    async fn alter_keyspace(
+        &self,
+        request: Request<pb::AlterKeyspaceRequest>,
+    ) -> Result<Response<pb::AlterKeyspaceResponse>, Status> {
+        let request = request.into_inner();
+        require_version(request.protocol_version)?;
+        let changes = Settings::try_from(request.settings.unwrap_or_default());
+        let changes = changes.map_err(|error| Status::invalid_argument(error.to_string()))?;
+        let expected_epoch = Some(Epoch(request.expected_epoch)).filter(|epoch| epoch.0 != 0);
+        let altered = self.link.alter(Alteration { name: request.name, changes, expected_epoch }).await;
+        match altered {
+            Ok(record) => Ok(Response::new(pb::AlterKeyspaceResponse { record: Some((&record).into()) })),
+            Err(AlterFailure::Refused(error)) => Err(Status::failed_precondition(error.to_string())),
+            Err(AlterFailure::Stopped) => Err(stopping(Stopped)),
+        }
+    }
 }
 
 /// Hands reports to the driver until the stream ends.
@@ -100,13 +117,16 @@ async fn read_reports(link: &Link, session: SessionId, mut reports: Streaming<pb
 }
 
 fn parse_report(message: pb::StoreReport) -> Result<Report, RecordError> {
+    let fsync = Fsync::from_code(message.fsync)?;
     let records = message.records.into_iter().map(KeyspaceRecord::try_from).collect::<Result<Vec<_>, _>>()?;
     Ok(Report {
         store: StoreId(message.store_id),
         address: message.address,
+        protocol_version: message.protocol_version,
         cluster: ClusterId(message.cluster_id),
         records: message.has_records.then_some(records),
         free_disk_bytes: message.free_disk_bytes,
+        fsync,
         failure: message.failure,
     })
 }

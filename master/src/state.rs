@@ -4,17 +4,20 @@
 //! - Keyspace `0` is created only while no store has reported a record or a cluster id.
 //! - A store gets its cluster id after all records, so that one with a cluster id and no record never comes from an
 //!   interrupted bootstrap: somewhere there are stores that hold the records, and the master waits for them.
+//! - A record is changed only when the stores of its shards hold the version before, and one change at a time; gateways see the new
+//!   version when these stores have confirmed it. Until then the old one is what the master says.
 //! - Until a record changes for the first time, the cluster id is a function of it: a master that takes over an interrupted
 //!   bootstrap arrives at the same id.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::fmt::Write as _;
+use std::fmt;
 use std::time::Duration;
 
 use thiserror::Error;
+use vasto_proto::SETTINGS_VERSION;
 use vasto_proto::id::{ClusterId, Epoch, KeyspaceId, StoreId};
 use vasto_proto::slot::splitmix64;
-use vasto_proto::topology::{KeyspaceRecord, Snapshot, StoreInfo};
+use vasto_proto::topology::{Fsync, KeyspaceRecord, Settings, Snapshot, StoreInfo};
 
 use crate::place;
 
@@ -24,6 +27,10 @@ const FIRST_KEYSPACE_NAME: &str = "0";
 
 /// After a store could not carry out a directive: long enough not to flood its log, short enough to see a disk freed.
 const RETRY_PAUSE: Duration = Duration::from_secs(1);
+
+/// How long a change of a keyspace waits for its stores: some heartbeats and a synced file on a busy disk, and less than a
+/// gateway waits for the answer.
+const ALTER_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Free disk is published when it differs by this part of what was published, or by this many bytes if that is more:
 /// every heartbeat carries a new figure, and gateways need not hear of each.
@@ -41,23 +48,88 @@ pub struct Limits {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SessionId(pub u64);
 
+/// One change that a gateway asked for, numbered by the driver.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct RequestId(pub u64);
+
+/// What is to be changed in a keyspace; validated.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Alteration {
+    pub name: String,
+    pub changes: Settings,
+    /// The version that whoever asks has seen; `None` = any.
+    pub expected_epoch: Option<Epoch>,
+}
+
+/// Why a keyspace was not altered, or not for sure.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+pub enum AlterError {
+    #[error("no such keyspace '{0}'")]
+    NoSuchKeyspace(String),
+    #[error("keyspace {name} has epoch {found}, not {expected}; nothing was changed")]
+    OtherEpoch { name: String, expected: Epoch, found: Epoch },
+    #[error("an earlier change of keyspace {name} is not yet confirmed by stores {stores}; nothing was changed")]
+    Busy { name: String, stores: StoreList },
+    #[error("stores {stores} of keyspace {name} are down; nothing was changed")]
+    StoresDown { name: String, stores: StoreList },
+    #[error("stores {stores} run an older version that does not know settings of keyspaces; nothing was changed")]
+    StoresOlder { stores: StoreList },
+    /// It holds wherever it was confirmed, and everywhere as soon as the others are back.
+    #[error(
+        "stores {stores} have not confirmed the change of keyspace {name} in time; it goes on, and holds when they have"
+    )]
+    Unconfirmed { name: String, stores: StoreList },
+    #[error("keyspace {name} was changed by somebody else meanwhile")]
+    Overtaken { name: String },
+}
+
+/// Stores by their ids, for people.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StoreList(BTreeSet<StoreId>);
+
+impl fmt::Display for StoreList {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (number, store) in self.0.iter().enumerate() {
+            let separator = if number == 0 { "" } else { "," };
+            write!(formatter, "{separator}{store}")?;
+        }
+        Ok(())
+    }
+}
+
+/// What became of a change.
+pub type AlterResult = Result<KeyspaceRecord, AlterError>;
+
 /// What a store says of itself; validated.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Report {
     pub store: StoreId,
     pub address: String,
+    pub protocol_version: u32,
     pub cluster: ClusterId,
     /// All records on its disk; a heartbeat leaves them out.
     pub records: Option<Vec<KeyspaceRecord>>,
     pub free_disk_bytes: u64,
+    /// What it does for keyspaces whose records do not say.
+    pub fsync: Option<Fsync>,
     /// Why a directive could not be carried out; else empty.
     pub failure: String,
 }
 
 #[derive(Clone, Debug)]
 pub enum Event {
-    Reported { session: SessionId, report: Report },
-    SessionEnded { session: SessionId },
+    Reported {
+        session: SessionId,
+        report: Report,
+    },
+    SessionEnded {
+        session: SessionId,
+    },
+    /// Answered by [`State::take_answers`], now or later.
+    AlterRequested {
+        request: RequestId,
+        alteration: Alteration,
+    },
     TimePassed,
 }
 
@@ -101,6 +173,9 @@ pub struct State {
     members: BTreeMap<StoreId, Member>,
     sessions: HashMap<SessionId, StoreId>,
     records: BTreeMap<KeyspaceId, Known>,
+    /// At most one for each keyspace.
+    pending: BTreeMap<KeyspaceId, Pending>,
+    answers: Vec<(RequestId, AlterResult)>,
     snapshot: Snapshot,
 }
 
@@ -108,6 +183,8 @@ pub struct State {
 #[derive(Debug)]
 struct Member {
     address: String,
+    protocol_version: u32,
+    fsync: Option<Fsync>,
     session: Option<SessionId>,
     reported_at: Duration,
     cluster: ClusterId,
@@ -122,9 +199,18 @@ struct Member {
 
 #[derive(Debug)]
 struct Known {
+    /// The newest version, which all stores shall have.
     record: KeyspaceRecord,
-    /// Gateways may know it: it came from a store's disk, or all stores that own shards have confirmed it.
-    published: bool,
+    /// The version that gateways may know: it came from a store's disk, or all stores that own shards have confirmed it.
+    published: Option<KeyspaceRecord>,
+}
+
+/// A change that waits for its stores.
+#[derive(Debug)]
+struct Pending {
+    request: RequestId,
+    record: KeyspaceRecord,
+    deadline: Duration,
 }
 
 impl Member {
@@ -145,6 +231,8 @@ impl State {
             members: BTreeMap::new(),
             sessions: HashMap::new(),
             records: BTreeMap::new(),
+            pending: BTreeMap::new(),
+            answers: Vec::new(),
             snapshot: Snapshot::default(),
         };
         state.refresh_snapshot(Duration::ZERO);
@@ -171,13 +259,20 @@ impl State {
                 }
             },
             Event::SessionEnded { session } => self.forget_session(session),
+            Event::AlterRequested { request, alteration } => self.alter(request, &alteration, now),
             Event::TimePassed => {}
         }
         self.bootstrap(now);
         self.instruct(now, &mut effects);
         self.publish_confirmed();
+        self.settle_alterations(now);
         self.refresh_snapshot(now);
         effects
+    }
+
+    /// The answers that are ready, each once.
+    pub fn take_answers(&mut self) -> Vec<(RequestId, AlterResult)> {
+        std::mem::take(&mut self.answers)
     }
 
     /// Whether the report may be taken in; if so, the end of the session that it replaces.
@@ -221,6 +316,8 @@ impl State {
         }
         let member = self.members.entry(report.store).or_insert_with(|| Member {
             address: String::new(),
+            protocol_version: report.protocol_version,
+            fsync: report.fsync,
             session: None,
             reported_at: now,
             cluster: report.cluster,
@@ -241,6 +338,8 @@ impl State {
             member.retry_at = Duration::ZERO;
         }
         member.address = report.address;
+        member.protocol_version = report.protocol_version;
+        member.fsync = report.fsync;
         member.reported_at = now;
         member.cluster = report.cluster;
         member.free_disk_bytes = report.free_disk_bytes;
@@ -254,7 +353,7 @@ impl State {
         for record in records {
             let newer = self.records.get(&record.id).is_none_or(|known| known.record.epoch < record.epoch);
             if newer {
-                self.records.insert(record.id, Known { record, published: true });
+                self.records.insert(record.id, Known { published: Some(record.clone()), record });
             }
         }
     }
@@ -282,7 +381,7 @@ impl State {
             let primaries = place::spread(self.limits.bootstrap_shards, &candidates);
             let record = KeyspaceRecord::new(FIRST_KEYSPACE, FIRST_KEYSPACE_NAME, &primaries)
                 .expect("the shard count was checked when the master was bound");
-            self.records.insert(record.id, Known { record, published: false });
+            self.records.insert(record.id, Known { record, published: None });
         }
         self.cluster = self.records.values().find_map(|known| cluster_of(&known.record)).unwrap_or_default();
     }
@@ -292,16 +391,22 @@ impl State {
         self.members.iter().filter(move |(_, member)| member.is_up(now, silence_max)).map(|(id, member)| (*id, member))
     }
 
-    /// Sends each store what it lacks: first the records, and when it has them all, its cluster id.
+    /// Sends each store what it lacks: first the records, and when it has them all, its cluster id. A version that is not confirmed
+    /// goes to the stores that own shards and to nobody else: what a master made and could not finish is then only where the
+    /// next one looks before it makes another.
     fn instruct(&mut self, now: Duration, effects: &mut Vec<Effect>) {
-        for member in self.members.values_mut() {
+        for (store, member) in &mut self.members {
             let Some(session) = member.session else { continue };
             if now < member.retry_at || !member.is_up(now, self.limits.silence_max) {
                 continue;
             }
             let mut lacks_records = self.records.is_empty();
             for known in self.records.values() {
-                let record = &known.record;
+                let newest = Some(&known.record).filter(|record| stores_of(record).contains(store));
+                let Some(record) = newest.or(known.published.as_ref()) else {
+                    lacks_records = true;
+                    continue;
+                };
                 if member.holds(record) {
                     continue;
                 }
@@ -320,8 +425,79 @@ impl State {
     }
 
     fn publish_confirmed(&mut self) {
-        for known in self.records.values_mut().filter(|known| !known.published) {
-            known.published = unconfirmed(&known.record, &self.members, self.cluster).is_empty();
+        for known in self.records.values_mut() {
+            let is_news = known.published.as_ref() != Some(&known.record);
+            if is_news && unconfirmed(&known.record, &self.members, self.cluster).is_empty() {
+                known.published = Some(known.record.clone());
+            }
+        }
+    }
+
+    /// Makes the next version of a record, which [`State::instruct`] sends out, or answers why not.
+    fn alter(&mut self, request: RequestId, alteration: &Alteration, now: Duration) {
+        match self.try_alter(alteration, now) {
+            Ok(Altered::Nothing(record)) => self.answers.push((request, Ok(record))),
+            Ok(Altered::Made(record)) => {
+                if let Some(known) = self.records.get_mut(&record.id) {
+                    known.record = record.clone();
+                }
+                self.pending.insert(record.id, Pending { request, record, deadline: now + ALTER_PATIENCE });
+            }
+            Err(error) => self.answers.push((request, Err(error))),
+        }
+    }
+
+    fn try_alter(&self, alteration: &Alteration, now: Duration) -> Result<Altered, AlterError> {
+        let name = alteration.name.clone();
+        let is_meant = |known: &&Known| known.published.as_ref().is_some_and(|published| published.name == name);
+        let Some(Known { record, .. }) = self.records.values().find(is_meant) else {
+            return Err(AlterError::NoSuchKeyspace(name));
+        };
+        let unconfirmed = unconfirmed(record, &self.members, self.cluster);
+        let silence_max = self.limits.silence_max;
+        let is_up = |store: &StoreId| self.members.get(store).is_some_and(|member| member.is_up(now, silence_max));
+        let down: BTreeSet<StoreId> = stores_of(record).into_iter().filter(|store| !is_up(store)).collect();
+        // A store that is down could come back under the old settings after the new ones were confirmed.
+        if !down.is_empty() {
+            return Err(AlterError::StoresDown { name, stores: StoreList(down) });
+        }
+        if !unconfirmed.is_empty() || self.pending.contains_key(&record.id) {
+            return Err(AlterError::Busy { name, stores: StoreList(unconfirmed) });
+        }
+        // Every store keeps every record: an older one would keep it without its settings.
+        let is_older = |(_, member): &(StoreId, &Member)| member.protocol_version < SETTINGS_VERSION;
+        let older: BTreeSet<StoreId> = self.up(now).filter(is_older).map(|(store, _)| store).collect();
+        if !older.is_empty() {
+            return Err(AlterError::StoresOlder { stores: StoreList(older) });
+        }
+        if let Some(expected) = alteration.expected_epoch.filter(|expected| *expected != record.epoch) {
+            return Err(AlterError::OtherEpoch { name, expected, found: record.epoch });
+        }
+        let settings = record.settings.changed_by(&alteration.changes);
+        if settings == record.settings {
+            return Ok(Altered::Nothing(record.clone()));
+        }
+        Ok(Altered::Made(record.with_settings(settings)))
+    }
+
+    /// Answers those changes that are confirmed, and those that have waited for too long.
+    fn settle_alterations(&mut self, now: Duration) {
+        let waiting = std::mem::take(&mut self.pending);
+        for (keyspace, pending) in waiting {
+            let Some(known) = self.records.get(&keyspace) else { continue };
+            let name = known.record.name.clone();
+            let answer = if known.record != pending.record {
+                Err(AlterError::Overtaken { name })
+            } else if known.published.as_ref() == Some(&known.record) {
+                Ok(known.record.clone())
+            } else if now >= pending.deadline {
+                let stores = StoreList(unconfirmed(&known.record, &self.members, self.cluster));
+                Err(AlterError::Unconfirmed { name, stores })
+            } else {
+                self.pending.insert(keyspace, pending);
+                continue;
+            };
+            self.answers.push((pending.request, answer));
         }
     }
 
@@ -330,7 +506,10 @@ impl State {
         let mut stores: BTreeMap<StoreId, StoreInfo> = BTreeMap::new();
         // Stores that records name but that have not come since the master started: down, address unknown.
         for store in self.records.values().flat_map(|known| stores_of(&known.record)) {
-            stores.insert(store, StoreInfo { id: store, address: String::new(), up: false, free_disk_bytes: 0 });
+            stores.insert(
+                store,
+                StoreInfo { id: store, address: String::new(), up: false, free_disk_bytes: 0, fsync: None },
+            );
         }
         for (id, member) in &mut self.members {
             let step = FREE_DISK_STEP_BYTES.max(member.published_free_disk_bytes / FREE_DISK_PART);
@@ -342,14 +521,15 @@ impl State {
                 address: member.address.clone(),
                 up: member.is_up(now, silence_max),
                 free_disk_bytes: member.published_free_disk_bytes,
+                fsync: member.fsync,
             };
             stores.insert(*id, info);
         }
         // A cluster id that is on no disk yet may still become another one.
         let confirmed = self.members.values().any(|member| member.cluster == self.cluster);
         let cluster = if confirmed { self.cluster } else { ClusterId(0) };
-        let published = self.records.values().filter(|known| known.published && cluster != ClusterId(0));
-        let keyspaces: Vec<KeyspaceRecord> = published.map(|known| known.record.clone()).collect();
+        let published = self.records.values().filter_map(|known| known.published.clone());
+        let keyspaces: Vec<KeyspaceRecord> = published.filter(|_| cluster != ClusterId(0)).collect();
         let waiting_for = if keyspaces.is_empty() { self.waiting_for(now) } else { String::new() };
         let mut snapshot = Snapshot {
             cluster,
@@ -381,13 +561,16 @@ impl State {
         if self.cluster == ClusterId(0) {
             return "no registered store knows the cluster id; one that has joined before must register".to_owned();
         }
-        let mut text = format!("keyspace {} is created; not yet confirmed by stores", known.record.name);
-        for (number, store) in unconfirmed(&known.record, &self.members, self.cluster).iter().enumerate() {
-            let separator = if number == 0 { ' ' } else { ',' };
-            write!(text, "{separator}{store}").expect("writing to a string does not fail");
-        }
-        text
+        let stores = StoreList(unconfirmed(&known.record, &self.members, self.cluster));
+        format!("keyspace {} is created; not yet confirmed by stores {stores}", known.record.name)
     }
+}
+
+/// What an alteration comes to.
+enum Altered {
+    /// The record says so already.
+    Nothing(KeyspaceRecord),
+    Made(KeyspaceRecord),
 }
 
 fn stores_of(record: &KeyspaceRecord) -> BTreeSet<StoreId> {
@@ -446,9 +629,11 @@ mod tests {
             Report {
                 store: StoreId(store),
                 address: format!("store-{store}:1"),
+                protocol_version: SETTINGS_VERSION,
                 cluster: self.cluster,
                 records: Some(self.records.values().cloned().collect()),
                 free_disk_bytes: 1 << 40,
+                fsync: Some(Fsync::EverySecond),
                 failure: String::new(),
             }
         }
@@ -702,8 +887,125 @@ mod tests {
         assert_eq!(state.snapshot().stores[0].free_disk_bytes, report.free_disk_bytes);
     }
 
+    fn ask(state: &mut State, fsync: Fsync, now: Duration) -> Vec<Effect> {
+        let changes = Settings { fsync: Some(fsync) };
+        let alteration = Alteration { name: "0".to_owned(), changes, expected_epoch: None };
+        state.apply(Event::AlterRequested { request: RequestId(1), alteration }, now)
+    }
+
+    /// The one answer that is ready, as text: the epoch and the setting, or the error.
+    fn answer(state: &mut State) -> String {
+        let answers = state.take_answers();
+        assert!(answers.len() <= 1);
+        match answers.into_iter().next() {
+            None => String::new(),
+            Some((RequestId(1), Ok(record))) => format!("{} {:?}", record.epoch, record.settings.fsync),
+            Some((RequestId(1), Err(error))) => error.to_string(),
+            Some((other, _)) => panic!("{other:?} was not asked"),
+        }
+    }
+
+    fn published(state: &State) -> (u64, Option<Fsync>) {
+        let record = &state.snapshot().keyspaces[0];
+        (record.epoch.0, record.settings.fsync)
+    }
+
+    #[test]
+    fn a_change_holds_when_the_stores_that_own_shards_have_confirmed_it() {
+        let (mut state, mut disks) = bootstrapped(2, 2);
+        disks.insert(3, Disk::default());
+        settle(&mut state, &mut disks, Duration::ZERO);
+        let before = state.snapshot().keyspaces[0].clone();
+        let effects = ask(&mut state, Fsync::Always, at_ms(10));
+        let receivers: Vec<u64> = effects.iter().map(|effect| effect.session.0).collect();
+        assert_eq!(receivers, [1, 2], "a store without a shard waits");
+        for effect in effects {
+            disks.get_mut(&(effect.session.0 as u32)).unwrap().carry_out(effect.action);
+        }
+        state.apply(Event::Reported { session: SessionId(1), report: disks[&1].report(1) }, at_ms(20));
+        assert_eq!((answer(&mut state).as_str(), published(&state)), ("", (1, None)));
+        // One at a time.
+        let second =
+            Alteration { name: "0".to_owned(), changes: Settings { fsync: Some(Fsync::Never) }, expected_epoch: None };
+        state.apply(Event::AlterRequested { request: RequestId(1), alteration: second }, at_ms(21));
+        assert_eq!(
+            answer(&mut state),
+            "an earlier change of keyspace 0 is not yet confirmed by stores 00000002; nothing was changed"
+        );
+        state.apply(Event::Reported { session: SessionId(2), report: disks[&2].report(2) }, at_ms(30));
+        assert_eq!((answer(&mut state).as_str(), published(&state)), ("2 Some(Always)", (2, Some(Fsync::Always))));
+        assert_eq!(state.snapshot().keyspaces[0].shards, before.shards, "no request in flight is refused for it");
+        settle(&mut state, &mut disks, at_ms(40));
+        assert_eq!(disks[&3], disks[&1]);
+        // The same again changes nothing.
+        assert_eq!(ask(&mut state, Fsync::Always, at_ms(50)), []);
+        assert_eq!(answer(&mut state), "2 Some(Always)");
+        // A restarted master finds it.
+        let mut state = State::new(limits(2, 2));
+        settle(&mut state, &mut disks, Duration::ZERO);
+        assert_eq!(published(&state), (2, Some(Fsync::Always)));
+    }
+
+    #[test]
+    fn a_change_is_refused_while_it_could_not_hold_everywhere() {
+        let (mut state, mut disks) = bootstrapped(2, 2);
+        for (name, expected_epoch, text) in [
+            ("1", None, "no such keyspace '1'"),
+            ("0", Some(Epoch(7)), "keyspace 0 has epoch 1, not 7; nothing was changed"),
+        ] {
+            let changes = Settings { fsync: Some(Fsync::Never) };
+            let alteration = Alteration { name: name.to_owned(), changes, expected_epoch };
+            assert_eq!(state.apply(Event::AlterRequested { request: RequestId(1), alteration }, at_ms(1)), []);
+            assert_eq!(answer(&mut state), text);
+        }
+        state.apply(Event::SessionEnded { session: SessionId(2) }, at_ms(2));
+        assert_eq!(ask(&mut state, Fsync::Never, at_ms(3)), []);
+        assert_eq!(answer(&mut state), "stores 00000002 of keyspace 0 are down; nothing was changed");
+        let older = Report { protocol_version: SETTINGS_VERSION - 1, ..disks[&2].report(2) };
+        state.apply(Event::Reported { session: SessionId(2), report: older }, at_ms(4));
+        assert_eq!(ask(&mut state, Fsync::Never, at_ms(5)), []);
+        assert_eq!(
+            answer(&mut state),
+            "stores 00000002 run an older version that does not know settings of keyspaces; nothing was changed"
+        );
+        settle(&mut state, &mut disks, at_ms(6));
+        assert_eq!(published(&state), (1, None));
+    }
+
+    #[test]
+    fn a_change_that_a_store_does_not_confirm_is_answered_in_time_and_goes_on() {
+        let (mut state, mut disks) = bootstrapped(2, 2);
+        let mut now = at_ms(100);
+        for effect in ask(&mut state, Fsync::Always, now) {
+            if effect.session == SessionId(1) {
+                disks.get_mut(&1).unwrap().carry_out(effect.action);
+            }
+        }
+        let asked = now;
+        while now < asked + ALTER_PATIENCE {
+            assert_eq!(answer(&mut state), "");
+            now += at_ms(500);
+            // The second store lives and does not get round to it.
+            for store in [1, 2] {
+                let report = disks[&store].report(store);
+                state.apply(Event::Reported { session: SessionId(u64::from(store)), report }, now);
+            }
+        }
+        assert_eq!(
+            answer(&mut state),
+            "stores 00000002 have not confirmed the change of keyspace 0 in time; it goes on, and holds when they have"
+        );
+        assert_eq!(published(&state), (1, None));
+        // The store comes back in a new session and gets what it lacks.
+        state.apply(Event::SessionEnded { session: SessionId(2) }, now);
+        settle(&mut state, &mut disks, now);
+        assert_eq!((published(&state), answer(&mut state).as_str()), ((2, Some(Fsync::Always)), ""));
+        assert_eq!(ask(&mut state, Fsync::Never, now).len(), 2, "the next change may be asked for");
+    }
+
     #[derive(Clone, Debug)]
     enum Step {
+        Alter(Fsync),
         /// The store reports, if it runs; `carries_out` of the directives take effect before anything else happens.
         Report {
             store: u32,
@@ -719,14 +1021,16 @@ mod tests {
             8 => (1..=stores, 0usize..3).prop_map(|(store, carries_out)| Step::Report { store, carries_out }),
             2 => (1..=stores).prop_map(Step::StoreRestarts),
             1 => Just(Step::MasterRestarts),
+            2 => prop::sample::select(Fsync::ALL.to_vec()).prop_map(Step::Alter),
             1 => (0u64..3_000).prop_map(Step::TimePasses),
         ]
     }
 
     proptest! {
-        /// Whatever is lost and restarted on the way: one cluster, one record, and in the end it is served.
+        /// Whatever is lost and restarted on the way: one cluster, one record of each epoch, no confirmed change is lost, and in the
+        /// end it is served.
         #[test]
-        fn bootstrap_survives_restarts_of_everybody(
+        fn bootstrap_and_changes_survive_restarts_of_everybody(
             shards in 1u16..6,
             steps in prop::collection::vec(step(3), 0..60),
         ) {
@@ -737,6 +1041,7 @@ mod tests {
             let (mut next_session, mut now) = (100, Duration::ZERO);
             let mut lost: BTreeSet<SessionId> = BTreeSet::new();
             let mut seen: Vec<(ClusterId, KeyspaceRecord)> = Vec::new();
+            let mut confirmed = Vec::new();
             for step in steps {
                 now += Duration::from_millis(1);
                 match step {
@@ -768,6 +1073,14 @@ mod tests {
                             }
                         }
                     }
+                    Step::Alter(fsync) => {
+                        for effect in ask(&mut state, fsync, now) {
+                            let receiver = sessions.iter().find(|(_, session)| **session == effect.session);
+                            if let Some((receiver, _)) = receiver.filter(|_| !lost.contains(&effect.session)) {
+                                disks.get_mut(receiver).unwrap().carry_out(effect.action);
+                            }
+                        }
+                    }
                     Step::StoreRestarts(store) => {
                         if let Some(session) = sessions.remove(&store) {
                             state.apply(Event::SessionEnded { session }, now);
@@ -782,6 +1095,7 @@ mod tests {
                         state.apply(Event::TimePassed, now);
                     }
                 }
+                confirmed.extend(state.take_answers().into_iter().filter_map(|(_, result)| result.ok()));
                 let snapshot = state.snapshot();
                 seen.extend(snapshot.keyspaces.iter().map(|record| (snapshot.cluster, record.clone())));
                 for disk in disks.values().filter(|disk| disk.cluster != ClusterId(0)) {
@@ -795,8 +1109,15 @@ mod tests {
             settle(&mut state, &mut disks, now + Duration::from_secs(10));
             let snapshot = state.snapshot();
             prop_assert_eq!(snapshot.keyspaces.len(), 1);
-            for (cluster, record) in seen {
-                prop_assert_eq!((cluster, &record), (snapshot.cluster, &snapshot.keyspaces[0]));
+            let last = &snapshot.keyspaces[0];
+            let mut by_epoch = BTreeMap::from([(last.epoch, last)]);
+            for (cluster, record) in &seen {
+                prop_assert_eq!(*cluster, snapshot.cluster);
+                prop_assert_eq!(*by_epoch.entry(record.epoch).or_insert(record), record);
+            }
+            for record in &confirmed {
+                prop_assert_eq!(by_epoch.get(&record.epoch), Some(&record));
+                prop_assert!(record.epoch <= last.epoch);
             }
         }
     }

@@ -96,6 +96,7 @@ impl Store {
             has_records: true,
             free_disk_bytes: 1 << 40,
             failure: String::new(),
+            fsync: pb::Fsync::EverySecond.into(),
         }
     }
 

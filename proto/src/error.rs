@@ -72,6 +72,13 @@ pub const UNKNOWN_OUTCOME: CommandError = CommandError::fixed(
 /// Nothing was executed: a shard could not be reached, or did not serve, within the deadline. The reason follows in parentheses.
 pub const SHARD_UNREACHABLE: CommandError =
     CommandError::fixed("CLUSTERDOWN the shard of this key cannot be reached; nothing was executed");
+/// A change of a keyspace without a master.
+pub const NO_MASTER: CommandError =
+    CommandError::fixed("ERR keyspaces are changed by the master, and none can be reached; nothing was changed");
+/// The master was lost after the change was asked for.
+pub const MASTER_LOST: CommandError = CommandError::fixed(
+    "UNKNOWN the connection to the master was lost after the change was asked for: KEYSPACE INFO shows whether it was made",
+);
 /// Nothing was executed: the gateway has no topology, or none with this keyspace.
 pub const NO_KEYSPACE: CommandError =
     CommandError::fixed("CLUSTERDOWN this keyspace is not served yet; nothing was executed");

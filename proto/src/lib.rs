@@ -18,7 +18,12 @@ pub mod pb {
 }
 
 /// Version of the conversation between roles; adjacent versions must work together (rolling restart).
-pub const PROTOCOL_VERSION: u32 = 1;
+///
+/// 2: records have settings, and the master alters them once every store is that new.
+pub const PROTOCOL_VERSION: u32 = 2;
+
+/// The first version whose stores keep the settings in a record.
+pub const SETTINGS_VERSION: u32 = 2;
 
 /// What `redis_version` in INFO and `version` in HELLO say: the Redis whose answers ours equal.
 pub const REDIS_VERSION: &str = "7.0.15";

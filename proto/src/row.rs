@@ -128,6 +128,11 @@ impl Header {
     /// Most bytes of a string's or tombstone's header.
     pub const BYTES_MAX: usize = 2 + Stamp::BYTES + 8 + 8;
 
+    /// Bytes that the header takes.
+    pub fn encoded_bytes(&self) -> usize {
+        2 + Stamp::BYTES + 8 * (usize::from(self.expires_at_ms != 0) + usize::from(self.written_at_ns != 0))
+    }
+
     /// Appends the header; the payload follows it.
     pub fn encode_into(&self, out: &mut Vec<u8>) {
         let mut flags = 0;
@@ -309,6 +314,7 @@ mod tests {
         fn a_header_round_trips(header in any_header(), payload in any::<Vec<u8>>()) {
             let row = encoded(&header, &payload);
             prop_assert!(row.len() <= Header::BYTES_MAX + payload.len());
+            prop_assert_eq!(row.len(), header.encoded_bytes() + payload.len());
             prop_assert_eq!(Header::decode(&row), Ok((header, payload.as_slice())));
         }
 

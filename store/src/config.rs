@@ -4,17 +4,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// When a write reaches the disk for good.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Fsync {
-    /// Before it is answered; all that wait share one sync.
-    Always,
-    /// Within a second, as Redis does by default.
-    #[default]
-    EverySecond,
-    /// When the kernel pleases.
-    Never,
-}
+pub use vasto_proto::topology::Fsync;
 
 /// Bytes of memory by purpose.
 #[derive(Clone, Debug)]
@@ -52,6 +42,7 @@ pub struct Config {
     pub gc_grace: Duration,
     /// How far an event time that a client gives may lie ahead of the store's clock.
     pub max_clock_skew: Duration,
+    /// When writes of keyspaces are synced whose records do not say.
     pub fsync: Fsync,
     /// Files that RocksDB keeps open per shard; -1 = all.
     pub max_open_files: i32,

@@ -1,8 +1,12 @@
-//! Figures of the store: counted in plain atomics where commands run, handed to the recorder once a second.
+//! Figures of the store: counted in plain atomics where commands run, handed to the recorder once a second by a thread of its own:
+//! the one that syncs may hang in a sync, and that is when the figures are looked at.
 
+use crate::shard::durability::SyncFigures;
 use crate::shard::executor::Core;
 use metrics::{Histogram, counter, gauge, histogram};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc;
+use std::time::Duration;
 use vasto_proto::command::table::STORE_ROWS;
 
 /// What all sessions of a store count into.
@@ -10,6 +14,7 @@ pub struct Counters {
     commands: Box<[AtomicU64]>,
     row_cache_hits: AtomicU64,
     row_cache_misses: AtomicU64,
+    row_cache_bytes: AtomicU64,
     batch_operations: Histogram,
 }
 
@@ -19,12 +24,23 @@ impl Default for Counters {
             commands: STORE_ROWS.iter().map(|_| AtomicU64::new(0)).collect(),
             row_cache_hits: AtomicU64::new(0),
             row_cache_misses: AtomicU64::new(0),
+            row_cache_bytes: AtomicU64::new(0),
             batch_operations: histogram!("vasto_store_batch_operations"),
         }
     }
 }
 
+/// How often figures reach the recorder: what Prometheus asks for is at most so old.
+const EXPORT_INTERVAL: Duration = Duration::from_secs(1);
+
 impl Counters {
+    /// The loop of the thread that exports; ends when the other end is dropped.
+    pub fn run(core: &Core, ended: &mpsc::Receiver<()>) {
+        while let Err(mpsc::RecvTimeoutError::Timeout) = ended.recv_timeout(EXPORT_INTERVAL) {
+            core.counters.export(core);
+        }
+    }
+
     pub fn batch(&self, operations: usize) {
         self.batch_operations.record(operations as f64);
     }
@@ -47,6 +63,11 @@ impl Counters {
         }
     }
 
+    /// Bytes that the row cache held when they were last counted.
+    pub fn row_cache_bytes(&self) -> u64 {
+        self.row_cache_bytes.load(Ordering::Relaxed)
+    }
+
     /// Hands everything to the recorder.
     pub fn export(&self, core: &Core) {
         for (row, run) in STORE_ROWS.iter().zip(&self.commands) {
@@ -62,6 +83,7 @@ impl Counters {
             bytes += cache.bytes();
             rows += cache.len();
         });
+        self.row_cache_bytes.store(bytes as u64, Ordering::Relaxed);
         gauge!("vasto_store_row_cache_bytes").set(bytes as f64);
         gauge!("vasto_store_row_cache_rows").set(rows as f64);
         gauge!("vasto_store_lane_operations").set(core.pool.depth() as f64);
@@ -70,6 +92,7 @@ impl Counters {
         let map = core.shards.current();
         let (mut files, mut pending, mut stopped, mut slowed) = (0, 0, 0, 0);
         let (mut read_only, mut not_open) = (0, map.failed().count());
+        let (mut durability, mut lag) = (SyncFigures::default(), Duration::ZERO);
         for shard in map.serving() {
             read_only += usize::from(shard.is_read_only());
             not_open += usize::from(shard.is_failed());
@@ -77,6 +100,12 @@ impl Counters {
             pending += shard.database.pending_compaction_bytes();
             stopped += shard.database.is_write_stopped();
             slowed += u64::from(shard.database.delayed_write_rate() > 0);
+            let figures = shard.durability.figures();
+            durability.syncs += figures.syncs;
+            durability.slow_syncs += figures.slow_syncs;
+            durability.held_batches += figures.held_batches;
+            durability.held_batches_now += figures.held_batches_now;
+            lag = lag.max(figures.lag.unwrap_or_default());
         }
         gauge!("vasto_store_file_bytes").set(files as f64);
         gauge!("vasto_store_pending_compaction_bytes").set(pending as f64);
@@ -84,5 +113,10 @@ impl Counters {
         gauge!("vasto_store_shards_failed").set(not_open as f64);
         gauge!("vasto_store_shards_stopped").set(stopped as f64);
         gauge!("vasto_store_shards_slowed").set(slowed as f64);
+        counter!("vasto_store_syncs_total").absolute(durability.syncs);
+        counter!("vasto_store_slow_syncs_total").absolute(durability.slow_syncs);
+        counter!("vasto_store_held_batches_total").absolute(durability.held_batches);
+        gauge!("vasto_store_held_batches").set(durability.held_batches_now as f64);
+        gauge!("vasto_store_sync_lag_seconds").set(lag.as_secs_f64());
     }
 }

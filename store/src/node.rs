@@ -4,6 +4,7 @@ use crate::backup::Backups;
 use crate::config::{Config, Limits};
 use crate::engine::garbage::replicated_ns;
 use crate::engine::{Engine, EngineError};
+use crate::metrics::Counters;
 use crate::reopening::{Opener, Reopening};
 use crate::rpc;
 use crate::shard::durability::{SYNC_THREADS, SyncBell};
@@ -19,14 +20,14 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use thiserror::Error;
 use tokio_util::sync::CancellationToken;
 use vasto_proto::id::{ClusterId, KeyspaceId, ShardKey, StoreId};
 use vasto_proto::pb;
-use vasto_proto::topology::KeyspaceRecord;
+use vasto_proto::topology::{Fsync, KeyspaceRecord};
 
 /// The layout of the data folder that this code reads and writes.
 pub const FORMAT_VERSION: u32 = 1;
@@ -110,6 +111,8 @@ struct Node {
     cluster: Mutex<ClusterId>,
     records: Arc<Records>,
     threads: Mutex<Vec<JoinHandle<()>>>,
+    /// Dropped to end the thread that hands figures to the recorder.
+    exporting: Mutex<Option<mpsc::Sender<()>>>,
     closed: Arc<AtomicBool>,
     /// Held while the store lives, so that no second process opens the folder.
     _lock: File,
@@ -151,6 +154,7 @@ impl Store {
             cluster: Mutex::new(identity.cluster),
             records: Arc::new(Mutex::new(records)),
             threads: Mutex::default(),
+            exporting: Mutex::default(),
             closed: Arc::default(),
             config,
             _lock: lock,
@@ -240,6 +244,11 @@ impl StoreHandle {
         self.node.put_record(record)
     }
 
+    /// When writes of keyspaces are synced whose records do not say.
+    pub fn fsync(&self) -> Fsync {
+        self.node.config.fsync
+    }
+
     /// Bytes free on the disk of the data folder; 0 if that cannot be told.
     pub fn free_disk_bytes(&self) -> u64 {
         rustix::fs::statvfs(&self.node.config.data).map_or(0, |disk| disk.f_bavail * disk.f_frsize)
@@ -291,6 +300,10 @@ impl Node {
             let thread = std::thread::Builder::new().name(format!("store-sync-{number}"));
             threads.push(thread.spawn(move || SyncBell::run(&core))?);
         }
+        let (exporting, ended) = mpsc::channel();
+        let thread = std::thread::Builder::new().name("store-figures".into());
+        threads.push(thread.spawn(move || Counters::run(&core, &ended))?);
+        *self.exporting.lock() = Some(exporting);
         for number in 0..self.config.lane_threads.max(1) {
             let core = Arc::clone(&self.core);
             let thread = std::thread::Builder::new().name(format!("store-lane-{number}"));
@@ -317,6 +330,7 @@ impl Node {
         self.core.pool.stop();
         self.core.sync_bell.stop();
         self.core.alarm.stop();
+        self.exporting.lock().take();
         for thread in self.threads.lock().drain(..) {
             let name = thread.thread().name().unwrap_or_default().to_owned();
             if thread.join().is_err() {
@@ -367,6 +381,7 @@ impl Node {
     /// Makes the shards served here those of the record; returns the first failure, having tried all.
     fn open_shards(&self, record: &KeyspaceRecord) -> Result<(), PutRecordError> {
         let shards = &self.core.shards;
+        let fsync = record.settings.fsync.unwrap_or(self.config.fsync);
         let mut result = Ok(());
         let own: Vec<_> = record.shards_of(self.id).collect();
         for key in shards.current().keys() {
@@ -380,6 +395,7 @@ impl Node {
                 Some(Entry::Serving(open)) => {
                     open.database.garbage().set_replicated_ns(replicated_ns(record.copies));
                     open.set_epoch(described.epoch);
+                    open.set_fsync(fsync, &self.core.sync_bell);
                     continue;
                 }
                 // Its old database is still open; the thread that closes it opens it by the newest record.

@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 use vasto_proto::id::ClusterId;
 use vasto_proto::pb::master_client::MasterClient;
-use vasto_proto::topology::KeyspaceRecord;
+use vasto_proto::topology::{Fsync, KeyspaceRecord};
 use vasto_proto::{PROTOCOL_VERSION, net, pb};
 
 use crate::StoreHandle;
@@ -179,6 +179,7 @@ impl Registration {
             has_records,
             free_disk_bytes: asked.unwrap_or_default(),
             failure,
+            fsync: Fsync::code(Some(self.handle.fsync())),
         }
     }
 }

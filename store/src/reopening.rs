@@ -64,8 +64,9 @@ impl Opener {
         let folder = self.folder(key);
         let rules = Rules { grace: self.config.gc_grace, replicated_ns: replicated_ns(record.copies) };
         let table = SlotTable::new(record.shard_count());
+        let fsync = record.settings.fsync.unwrap_or(self.config.fsync);
         let opened = self.core.engine.open(&folder, rules).and_then(|database| {
-            Shard::new(key, described.epoch, self.store, &table, database, self.config.fsync, &self.core.alarm)
+            Shard::new(key, described.epoch, self.store, &table, database, fsync, &self.core.alarm)
         });
         match opened {
             Ok(shard) => {

@@ -226,7 +226,8 @@ pub struct StorageOptions {
     #[arg(long, value_name = "BYTES", default_value = "256mb")]
     pub write_buffer: Bytes,
 
-    /// When a write reaches the disk for good: before it is answered, within a second, or when the system pleases.
+    /// When a write reaches the disk for good: before it is answered, within a second, or when the system pleases. Holds for
+    /// keyspaces that have no setting of their own (CONFIG SET appendfsync, KEYSPACE ALTER name FSYNC).
     #[arg(long, value_enum, default_value_t = FsyncChoice::Everysec)]
     pub fsync: FsyncChoice,
 

@@ -8,7 +8,7 @@ use vasto_proto::error::{self, CommandError};
 use vasto_proto::id::KeyspaceId;
 
 pub fn keyspace_compact(context: &mut Context<'_>, mut args: Args<'_>) -> Result<Next, CommandError> {
-    let keyspace = named_keyspace(context, args.bytes()?)?.id;
+    let keyspace = named_keyspace(&context.routing.snapshot, args.bytes()?)?.id;
     Ok(Next::Ask(Box::new(Compact { keyspace })))
 }
 

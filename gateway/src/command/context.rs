@@ -3,6 +3,7 @@
 use crate::routing::Routing;
 use crate::session::Session;
 use crate::shared::Shared;
+use crate::upstream::masters::Alteration;
 use std::time::Duration;
 use vasto_proto::command::ReplyWriter;
 use vasto_proto::command::table::StoreCommand;
@@ -36,6 +37,8 @@ pub enum Next {
     Silent,
     /// Shards are asked first; until the reply is known the connection's later commands wait.
     Ask(Box<dyn Ask>),
+    /// The master is asked for a change first; its packed answer is the one answer of the first round.
+    AskMaster(Alteration, Box<dyn Ask>),
     /// The reply is written; it leaves, and later commands run, after this time.
     RepliedAfter(Duration),
     /// The process stops; nothing is answered.
@@ -50,9 +53,9 @@ pub struct ShardRequest {
     pub arguments: Vec<Vec<u8>>,
 }
 
-/// A command that needs answers of shards in one or more rounds: a pure state machine that the dispatcher drives.
+/// A command that needs answers of shards, or of the master, in one or more rounds: a pure state machine that the dispatcher drives.
 pub trait Ask: std::fmt::Debug {
-    /// The operations of the first round. With none, `next` is called at once.
+    /// The operations of the first round. With none, `next` is called at once. Not called when the master is asked first.
     fn start(&mut self, context: &mut Context<'_>) -> Result<Vec<ShardRequest>, CommandError>;
 
     /// Takes the packed replies of the round, in the order of its requests (an operation that failed on its way is an error reply), and

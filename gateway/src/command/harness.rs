@@ -5,6 +5,7 @@ use crate::routing::Routing;
 use crate::session::Session;
 use crate::settings::{Config, Settings};
 use crate::shared::Shared;
+use crate::upstream::masters::{Alteration, Masters};
 use std::fmt::Write as _;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
@@ -14,7 +15,7 @@ use vasto_proto::command::table::{Command, find, find_subcommand};
 use vasto_proto::command::{Args, Flags, Reply, ReplyWriter};
 use vasto_proto::error::{CommandError, wrong_arity};
 use vasto_proto::id::{ClusterId, KeyspaceId, StoreId};
-use vasto_proto::topology::{KeyspaceRecord, Snapshot, StoreInfo};
+use vasto_proto::topology::{Fsync, KeyspaceRecord, Snapshot, StoreInfo};
 
 /// Answers a request with a packed reply.
 pub type Shards<'a> = &'a mut dyn FnMut(&ShardRequest) -> Vec<u8>;
@@ -26,6 +27,9 @@ pub struct Harness {
     /// The last command asked for the connection's end.
     pub closes: bool,
     pub delay: Option<Duration>,
+    /// What the last command asked of the master, and what the master answers.
+    pub altered: Option<Alteration>,
+    pub master: Vec<u8>,
 }
 
 /// A command line as the dispatcher sees it: row and packed arguments.
@@ -46,6 +50,7 @@ impl Harness {
             address: format!("10.0.0.{}:7201", id.0),
             up: id.0 == 0xa,
             free_disk_bytes: 1 << 30,
+            fsync: Some(Fsync::EverySecond),
         };
         let snapshot = Snapshot {
             cluster: ClusterId(0xc),
@@ -60,14 +65,25 @@ impl Harness {
             clients: crate::clients::Clients::new(),
             slowlog: crate::slowlog::Slowlog::new(),
             statistics: crate::statistics::Statistics::new(),
+            masters: Masters::new(Vec::new(), tokio::sync::watch::channel(Arc::default()).1),
             started: Instant::now(),
             started_at: SystemTime::now(),
+            started_with: crate::process::Memory::read(),
             run_id: "0123456789abcdef0123456789abcdef01234567".to_owned(),
             shutdown: CancellationToken::new(),
         };
+        let master = packed(|reply| reply.ok());
         let client = shared.clients.register("127.0.0.1:5000".into(), "127.0.0.1:6379".into(), false);
         let session = Session::new(client);
-        Self { shared, session, routing: Routing::new(Arc::new(snapshot)), closes: false, delay: None }
+        Self {
+            shared,
+            session,
+            routing: Routing::new(Arc::new(snapshot)),
+            closes: false,
+            delay: None,
+            altered: None,
+            master,
+        }
     }
 
     pub fn context<'a>(&'a mut self, reply: &'a mut Vec<u8>) -> Context<'a> {
@@ -90,7 +106,7 @@ impl Harness {
         };
         let args = Args::new(Arguments::parse(&line.packed_arguments, line.argument_count).expect("packed above"));
         let mut reply = Vec::new();
-        (self.closes, self.delay) = (false, None);
+        (self.closes, self.delay, self.altered) = (false, None, None);
         let next = handler(command)(&mut self.context(&mut reply), args);
         match next {
             Ok(Next::Replied) => {}
@@ -98,6 +114,13 @@ impl Harness {
             Ok(Next::RepliedAfter(delay)) => self.delay = Some(delay),
             Ok(Next::Silent) => return "(silent)".to_owned(),
             Ok(Next::Shutdown) => return "(shutdown)".to_owned(),
+            Ok(Next::AskMaster(alteration, ask)) => {
+                self.altered = Some(alteration);
+                let answers = vec![self.master.clone()];
+                if let Err(error) = self.drive_on(ask, answers, &mut reply, shards) {
+                    return format!("-{}", error.text());
+                }
+            }
             Ok(Next::Ask(ask)) => {
                 if let Err(error) = self.drive(ask, &mut reply, shards) {
                     return format!("-{}", error.text());
@@ -112,11 +135,22 @@ impl Harness {
     }
 
     fn drive(&mut self, mut ask: Box<dyn Ask>, reply: &mut Vec<u8>, shards: Shards<'_>) -> Result<(), CommandError> {
-        let mut requests = ask.start(&mut self.context(reply))?;
+        let requests = ask.start(&mut self.context(reply))?;
+        let answers = requests.iter().map(&mut *shards).collect();
+        self.drive_on(ask, answers, reply, shards)
+    }
+
+    /// From the answers of the first round on.
+    fn drive_on(
+        &mut self,
+        mut ask: Box<dyn Ask>,
+        mut answers: Vec<Vec<u8>>,
+        reply: &mut Vec<u8>,
+        shards: Shards<'_>,
+    ) -> Result<(), CommandError> {
         loop {
-            let answers = requests.iter().map(&mut *shards).collect();
             match ask.next(&mut self.context(reply), answers)? {
-                Round::Again(more) => requests = more,
+                Round::Again(requests) => answers = requests.iter().map(&mut *shards).collect(),
                 Round::Done => return Ok(()),
             }
         }

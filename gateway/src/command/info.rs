@@ -3,15 +3,15 @@
 //! Memory is that of the process that was asked: `used_memory` is its resident set, as is `used_memory_rss`.
 
 use super::backup::{self, StoreStatus};
+use super::figures::{Figures, Walk};
 use super::{Ask, Context, Next, Round, ShardRequest};
 use crate::clients::unix_ms;
+use crate::process::{Memory, machine_memory};
 use crate::statistics::{ERROR_WORDS, spec_of_row};
 use std::fmt::{self, Write as _};
 use vasto_proto::REDIS_VERSION;
-use vasto_proto::command::table::StoreCommand;
-use vasto_proto::command::{Args, Reply};
+use vasto_proto::command::Args;
 use vasto_proto::error::CommandError;
-use vasto_proto::id::KeyspaceId;
 
 /// A part of INFO, in the order in which they are shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,6 +50,25 @@ impl Section {
         (Section::Keyspace, "keyspace", true),
         (Section::Vasto, "vasto", true),
     ];
+
+    /// What it needs of the shards.
+    fn asks_shards(self) -> Option<Walk> {
+        match self {
+            Section::Keyspace | Section::Vasto => Some(Walk::CountKeys),
+            Section::Persistence => Some(Walk::NoKeys),
+            Section::Server
+            | Section::Clients
+            | Section::Memory
+            | Section::Stats
+            | Section::Replication
+            | Section::Cpu
+            | Section::Modules
+            | Section::CommandStats
+            | Section::ErrorStats
+            | Section::LatencyStats
+            | Section::Cluster => None,
+        }
+    }
 }
 
 /// The sections that the words ask for, each once and in their order.
@@ -64,102 +83,33 @@ fn sections<'a>(words: impl Iterator<Item = &'a [u8]>) -> Vec<Section> {
 
 pub fn info(context: &mut Context<'_>, args: Args<'_>) -> Result<Next, CommandError> {
     let sections = sections(args);
-    let asks = |section: &Section| matches!(section, Section::Persistence | Section::Keyspace | Section::Vasto);
-    if sections.iter().any(asks) {
-        return Ok(Next::Ask(Box::new(Info { sections, keyspaces: Vec::new(), asked: Vec::new() })));
+    let walk = sections.iter().filter_map(|section| section.asks_shards()).reduce(|one, other| match (one, other) {
+        (Walk::NoKeys, Walk::NoKeys) => Walk::NoKeys,
+        (Walk::CountKeys, _) | (_, Walk::CountKeys) => Walk::CountKeys,
+    });
+    if let Some(walk) = walk {
+        return Ok(Next::Ask(Box::new(Info { sections, walk, figures: Figures::default(), asked: 0 })));
     }
-    let text = render(context, &sections, &[], StoreStatus::default());
+    let text = render(context, &sections, &Figures::default(), StoreStatus::default());
     context.reply().verbatim(&text);
     Ok(Next::Replied)
-}
-
-/// What the shards of one keyspace answered, added up.
-#[derive(Debug)]
-struct KeyspaceFigures {
-    id: KeyspaceId,
-    name: String,
-    shards: usize,
-    unreachable: usize,
-    /// Sums by name, in the order in which the stores name them.
-    sums: Vec<(String, i64)>,
-    /// Every shard that answered has counted its keys.
-    keys_exact: bool,
-}
-
-impl KeyspaceFigures {
-    fn sum(&self, name: &str) -> i64 {
-        self.sums.iter().find(|(known, _)| known == name).map_or(0, |(_, sum)| *sum)
-    }
-
-    fn add(&mut self, answer: &[u8]) {
-        let Some(figures) = shard_figures(answer) else {
-            self.unreachable += 1;
-            return;
-        };
-        let keys_expiring = figures.iter().find(|(name, _)| name == "expires").map_or(0, |(_, count)| *count);
-        for (name, value) in figures {
-            let value = match name.as_str() {
-                "keys_exact" => {
-                    self.keys_exact &= value != 0;
-                    continue;
-                }
-                // A mean; weighted by the keys that it is the mean of.
-                "avg_ttl" => value.saturating_mul(keys_expiring),
-                _ => value,
-            };
-            match self.sums.iter_mut().find(|(known, _)| *known == name) {
-                Some((_, sum)) => *sum = sum.saturating_add(value),
-                None => self.sums.push((name, value)),
-            }
-        }
-    }
-}
-
-/// Names and numbers of `_stats`: an array with one map.
-fn shard_figures(mut answer: &[u8]) -> Option<Vec<(String, i64)>> {
-    let Reply::Array(1) = Reply::take(&mut answer)? else {
-        return None;
-    };
-    let Reply::Map(count) = Reply::take(&mut answer)? else {
-        return None;
-    };
-    let figure = |_| match (Reply::take(&mut answer)?, Reply::take(&mut answer)?) {
-        (Reply::Bulk(name), Reply::Integer(value)) => Some((String::from_utf8_lossy(name).into_owned(), value)),
-        _ => None,
-    };
-    (0..count).map(figure).collect()
 }
 
 /// Asks every shard for its figures; one that fails is counted, and INFO answers all the same.
 #[derive(Debug)]
 struct Info {
     sections: Vec<Section>,
-    keyspaces: Vec<KeyspaceFigures>,
-    /// Place in `keyspaces` of each request.
-    asked: Vec<usize>,
+    walk: Walk,
+    figures: Figures,
+    /// Requests for the figures; those about backups come behind them.
+    asked: usize,
 }
 
 impl Ask for Info {
     fn start(&mut self, context: &mut Context<'_>) -> Result<Vec<ShardRequest>, CommandError> {
-        let mut requests = Vec::new();
-        let needs_figures = self.sections.iter().any(|section| *section != Section::Persistence);
-        for record in context.routing.snapshot.keyspaces.iter().filter(|_| needs_figures) {
-            let Some(routes) = context.routing.keyspace(record.id) else {
-                continue;
-            };
-            for target in routes.shard_keys() {
-                self.asked.push(self.keyspaces.len());
-                requests.push(ShardRequest { target, command: StoreCommand::InternalStats, arguments: Vec::new() });
-            }
-            self.keyspaces.push(KeyspaceFigures {
-                id: record.id,
-                name: record.name.clone(),
-                shards: record.shards.len(),
-                unreachable: 0,
-                sums: Vec::new(),
-                keys_exact: true,
-            });
-        }
+        let (figures, mut requests) = Figures::ask(context, self.walk);
+        self.figures = figures;
+        self.asked = requests.len();
         if self.sections.contains(&Section::Persistence) {
             requests.extend(backup::one_shard_each(context).iter().map(backup::ask_status));
         }
@@ -167,11 +117,9 @@ impl Ask for Info {
     }
 
     fn next(&mut self, context: &mut Context<'_>, answers: Vec<Vec<u8>>) -> Result<Round, CommandError> {
-        for (place, answer) in self.asked.iter().zip(&answers) {
-            self.keyspaces[*place].add(answer);
-        }
-        let saves = StoreStatus::of_all(answers.get(self.asked.len()..).unwrap_or_default());
-        let text = render(context, &self.sections, &self.keyspaces, saves);
+        let (figures, saves) = answers.split_at(self.asked.min(answers.len()));
+        self.figures.take(figures);
+        let text = render(context, &self.sections, &self.figures, StoreStatus::of_all(saves));
         context.reply().verbatim(&text);
         Ok(Round::Done)
     }
@@ -219,14 +167,14 @@ fn human(bytes: u64) -> String {
     format!("{amount:.2}{}", UNITS[unit])
 }
 
-fn render(context: &Context<'_>, sections: &[Section], keyspaces: &[KeyspaceFigures], saves: StoreStatus) -> String {
+fn render(context: &Context<'_>, sections: &[Section], figures: &Figures, saves: StoreStatus) -> String {
     let mut text = Text::default();
     for section in sections {
         match section {
             Section::Server => server(&mut text, context),
             Section::Clients => clients(&mut text, context),
             Section::Memory => memory(&mut text, context),
-            Section::Persistence => persistence(&mut text, saves),
+            Section::Persistence => persistence(&mut text, figures, saves),
             Section::Stats => stats(&mut text, context),
             Section::Replication => replication(&mut text, context),
             Section::Cpu => cpu(&mut text),
@@ -238,8 +186,8 @@ fn render(context: &Context<'_>, sections: &[Section], keyspaces: &[KeyspaceFigu
                 text.section("Cluster");
                 text.field("cluster_enabled", 0);
             }
-            Section::Keyspace => keyspace(&mut text, keyspaces),
-            Section::Vasto => vasto(&mut text, context, keyspaces),
+            Section::Keyspace => keyspace(&mut text, figures),
+            Section::Vasto => vasto(&mut text, context, figures),
         }
     }
     text.0
@@ -298,24 +246,16 @@ fn clients(text: &mut Text, context: &Context<'_>) {
     text.zeros(&["blocked_clients", "tracking_clients", "clients_in_timeout_table"]);
 }
 
-/// Bytes of a `name: n kB` line.
-fn kilobytes(file: &str, name: &str) -> Option<u64> {
-    let line = file.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
-    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kilobytes| kilobytes * 1024)
-}
-
 fn memory(text: &mut Text, context: &Context<'_>) {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let resident = kilobytes(&status, "VmRSS").unwrap_or(0);
-    let peak = kilobytes(&status, "VmHWM").unwrap_or(resident);
-    let total = kilobytes(&std::fs::read_to_string("/proc/meminfo").unwrap_or_default(), "MemTotal").unwrap_or(0);
+    let Memory { resident, peak, .. } = Memory::read();
     let settings = &context.shared.settings;
     text.section("Memory");
     text.bytes("used_memory", resident);
     text.bytes("used_memory_rss", resident);
     text.bytes("used_memory_peak", peak);
     text.field("used_memory_peak_perc", format_args!("{:.2}%", resident as f64 * 100.0 / peak.max(1) as f64));
-    text.bytes("total_system_memory", total);
+    text.field("used_memory_startup", context.shared.started_with.resident);
+    text.bytes("total_system_memory", machine_memory());
     text.bytes("used_memory_lua", 0);
     text.bytes("used_memory_scripts", 0);
     text.bytes("maxmemory", settings.text("maxmemory").parse().unwrap_or(0));
@@ -330,7 +270,7 @@ fn memory(text: &mut Text, context: &Context<'_>) {
     text.zeros(&["active_defrag_running", "lazyfree_pending_objects", "lazyfreed_objects"]);
 }
 
-fn persistence(text: &mut Text, saves: StoreStatus) {
+fn persistence(text: &mut Text, figures: &Figures, saves: StoreStatus) {
     text.section("Persistence");
     text.zeros(&["loading", "async_loading", "rdb_changes_since_last_save"]);
     text.field("rdb_bgsave_in_progress", u8::from(saves.is_running));
@@ -344,7 +284,13 @@ fn persistence(text: &mut Text, saves: StoreStatus) {
     text.field("aof_last_rewrite_time_sec", -1);
     text.field("aof_current_rewrite_time_sec", -1);
     text.field("aof_last_bgrewrite_status", "ok");
-    text.field("aof_last_write_status", "ok");
+    // A shard that cannot be asked cannot be written to.
+    text.field("aof_last_write_status", if figures.unreachable() == 0 { "ok" } else { "err" });
+    // Every write is in the log of its shard before it is answered.
+    text.field("aof_buffer_length", 0);
+    // Shards with writes that no sync has covered yet, and syncs that took longer than a second.
+    text.field("aof_pending_bio_fsync", figures.keyspaces.iter().map(|keyspace| keyspace.unsynced).sum::<usize>());
+    text.field("aof_delayed_fsync", figures.sum("slow_syncs"));
 }
 
 fn stats(text: &mut Text, context: &Context<'_>) {
@@ -460,19 +406,18 @@ fn latency_stats(text: &mut Text, context: &Context<'_>) {
     }
 }
 
-fn keyspace(text: &mut Text, keyspaces: &[KeyspaceFigures]) {
+fn keyspace(text: &mut Text, figures: &Figures) {
     text.section("Keyspace");
-    for keyspace in keyspaces.iter().filter(|keyspace| keyspace.sum("keys") > 0) {
-        let expires = keyspace.sum("expires");
-        let avg_ttl = if expires > 0 { keyspace.sum("avg_ttl") / expires } else { 0 };
+    for keyspace in figures.keyspaces.iter().filter(|keyspace| keyspace.sum("keys") > 0) {
+        let (keys, expires, avg_ttl) = (keyspace.sum("keys"), keyspace.sum("expires"), keyspace.avg_ttl());
         text.field(
             format_args!("db{}", keyspace.name),
-            format_args!("keys={},expires={expires},avg_ttl={avg_ttl}", keyspace.sum("keys")),
+            format_args!("keys={keys},expires={expires},avg_ttl={avg_ttl}"),
         );
     }
 }
 
-fn vasto(text: &mut Text, context: &Context<'_>, keyspaces: &[KeyspaceFigures]) {
+fn vasto(text: &mut Text, context: &Context<'_>, figures: &Figures) {
     let snapshot = &context.routing.snapshot;
     let chosen = snapshot.keyspace(context.session.keyspace);
     text.section("Vasto");
@@ -483,16 +428,19 @@ fn vasto(text: &mut Text, context: &Context<'_>, keyspaces: &[KeyspaceFigures]) 
     text.field("vasto_stores", snapshot.stores.len());
     text.field("vasto_stores_up", snapshot.stores.iter().filter(|store| store.up).count());
     text.field("vasto_keyspaces", snapshot.keyspaces.len());
-    text.field("vasto_shards", keyspaces.iter().map(|keyspace| keyspace.shards).sum::<usize>());
-    text.field("vasto_shards_unreachable", keyspaces.iter().map(|keyspace| keyspace.unreachable).sum::<usize>());
-    for keyspace in keyspaces {
+    text.field("vasto_shards", figures.shards());
+    text.field("vasto_shards_unreachable", figures.unreachable());
+    text.field("vasto_row_cache_bytes", figures.sum_of_stores("row_cache_bytes"));
+    text.field("vasto_block_cache_bytes", figures.sum_of_stores("block_cache_bytes"));
+    for keyspace in &figures.keyspaces {
+        let fsync = snapshot.keyspace(keyspace.id).map(|record| snapshot.fsync(record)).unwrap_or_default();
         let dbsize = if keyspace.keys_exact && keyspace.unreachable == 0 { "exact" } else { "estimate" };
         let _ = write!(
             text.0,
-            "vasto_keyspace_{}:id={},shards={},dbsize={dbsize}",
+            "vasto_keyspace_{}:id={},shards={},fsync={fsync},dbsize={dbsize}",
             keyspace.name, keyspace.id, keyspace.shards
         );
-        for (name, sum) in keyspace.sums.iter().filter(|(name, _)| name != "avg_ttl") {
+        for (name, sum) in keyspace.sums() {
             let _ = write!(text.0, ",{name}={sum}");
         }
         text.0.push_str("\r\n");
@@ -504,7 +452,7 @@ mod tests {
     use super::*;
     use crate::command::harness::{Harness, packed};
     use crate::statistics::Statistics;
-    use vasto_proto::command::table::Command;
+    use vasto_proto::command::table::{Command, StoreCommand};
 
     fn figures(request: &ShardRequest) -> Vec<u8> {
         let keys = 10 * (1 + i64::from(request.target.shard.0));
@@ -565,17 +513,18 @@ mod tests {
         );
         assert!(text.contains("vasto_stores:2\\r\\nvasto_stores_up:1\\r\\nvasto_keyspaces:2\\r\\nvasto_shards:4\\r\\nvasto_shards_unreachable:0\\r\\n"), "{text}");
         assert!(
-            text.contains("vasto_keyspace_0:id=0,shards=3,dbsize=exact,keys=60,expires=6,disk_bytes=21\\r\\n"),
+            text.contains(
+                "vasto_keyspace_0:id=0,shards=3,fsync=everysec,dbsize=exact,keys=60,expires=6,disk_bytes=21\\r\\n"
+            ),
             "{text}"
         );
         let text = harness.run_with("INFO", &mut |request| match request.target.shard.0 {
             1 => packed(|reply| reply.error("CLUSTERDOWN x")),
             _ => figures(request),
         });
-        assert!(
-            text.contains("vasto_shards_unreachable:1\\r\\nvasto_keyspace_0:id=0,shards=3,dbsize=estimate,keys=40,"),
-            "{text}"
-        );
+        assert!(text.contains("aof_last_write_status:err\\r\\n"), "{text}");
+        assert!(text.contains("vasto_shards_unreachable:1\\r\\n"), "{text}");
+        assert!(text.contains("vasto_keyspace_0:id=0,shards=3,fsync=everysec,dbsize=estimate,keys=40,"), "{text}");
     }
 
     #[test]

@@ -68,18 +68,6 @@ pub fn debug(context: &mut Context<'_>, mut args: Args<'_>) -> Result<Next, Comm
     Ok(Next::RepliedAfter(Duration::from_secs_f64(seconds)))
 }
 
-pub fn memory_doctor(context: &mut Context<'_>, _args: Args<'_>) -> Result<Next, CommandError> {
-    let text = "This gateway keeps no data: its memory is its connections and what is under way, both bounded by settings. \
-                The stores' caches are bounded by theirs. INFO memory and INFO vasto show the figures.\n";
-    context.reply().verbatim(text);
-    Ok(Next::Replied)
-}
-
-pub fn memory_purge(context: &mut Context<'_>, _args: Args<'_>) -> Result<Next, CommandError> {
-    context.reply().ok();
-    Ok(Next::Replied)
-}
-
 pub fn shutdown(_context: &mut Context<'_>, args: Args<'_>) -> Result<Next, CommandError> {
     let (mut nosave, mut save, mut other, mut abort) = (false, false, false, false);
     for option in args {
@@ -128,8 +116,6 @@ mod tests {
             > WAIT 0 a / < -ERR timeout is not an integer or out of range
             > WAIT 0 -1 / < -ERR timeout is negative
             > WAIT 1 100 / < 0
-            > MEMORY PURGE / < OK
-            > MEMORY foo / < -ERR unknown subcommand 'foo'. Try MEMORY HELP.
             > DEBUG SLEEP 0.5 / < OK
             > TIME x / < -ERR wrong number of arguments for 'time' command
             "#,
@@ -138,7 +124,6 @@ mod tests {
             assert!(harness.run(line).ends_with("\\nRedis ver. 7.0.15\\n\""), "{line}");
         }
         assert_eq!(harness.run("LOLWUT version x"), "-ERR value is not an integer or out of range");
-        assert!(harness.run("MEMORY DOCTOR").starts_with("txt:"));
         assert!(harness.run("TIME").starts_with("[\""));
     }
 

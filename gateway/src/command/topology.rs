@@ -1,10 +1,12 @@
 //! The cluster as this gateway knows it: slots, stores, keyspaces. Arrays of maps, readable in redis-cli and easy to parse.
 
+use super::config::alter;
 use super::{Context, Next};
+use crate::settings::Changes;
 use vasto_proto::command::{Args, ReplyWriter};
-use vasto_proto::error::CommandError;
+use vasto_proto::error::{self, CommandError};
 use vasto_proto::slot::slot_of;
-use vasto_proto::topology::{KeyspaceRecord, Snapshot, StoreInfo};
+use vasto_proto::topology::{Fsync, KeyspaceRecord, Settings, Snapshot, StoreInfo};
 
 /// A value of a field.
 enum Value<'a> {
@@ -93,9 +95,9 @@ pub fn stores(context: &mut Context<'_>, _args: Args<'_>) -> Result<Next, Comman
     Ok(Next::Replied)
 }
 
-const KEYSPACE_FIELDS: usize = 5;
+const KEYSPACE_FIELDS: usize = 6;
 
-fn write_keyspace(reply: &mut ReplyWriter<'_>, keyspace: &KeyspaceRecord) {
+fn write_keyspace(reply: &mut ReplyWriter<'_>, snapshot: &Snapshot, keyspace: &KeyspaceRecord) {
     fields(
         reply,
         &[
@@ -104,6 +106,7 @@ fn write_keyspace(reply: &mut ReplyWriter<'_>, keyspace: &KeyspaceRecord) {
             ("epoch", Value::Number(keyspace.epoch.0)),
             ("copies", Value::Number(u64::from(keyspace.copies))),
             ("shards", Value::Number(u64::from(keyspace.shard_count()))),
+            ("fsync", Value::Text(snapshot.fsync(keyspace).word())),
         ],
     );
 }
@@ -115,34 +118,49 @@ pub fn keyspace_list(context: &mut Context<'_>, _args: Args<'_>) -> Result<Next,
     reply.array(snapshot.keyspaces.len());
     for keyspace in &snapshot.keyspaces {
         reply.map(KEYSPACE_FIELDS);
-        write_keyspace(&mut reply, keyspace);
+        write_keyspace(&mut reply, snapshot, keyspace);
+    }
+    Ok(Next::Replied)
+}
+
+/// One map, with the shards as an array of maps in it.
+pub fn keyspace_info(context: &mut Context<'_>, mut args: Args<'_>) -> Result<Next, CommandError> {
+    let keyspace = named_keyspace(&context.routing.snapshot, args.bytes()?)?;
+    let snapshot = &context.routing.snapshot;
+    let mut reply = ReplyWriter::new(context.reply);
+    reply.map(KEYSPACE_FIELDS + 1);
+    write_keyspace(&mut reply, snapshot, keyspace);
+    reply.bulk(b"layout");
+    reply.array(keyspace.shards.len());
+    for shard in 0..keyspace.shards.len() {
+        reply.map(SHARD_FIELDS);
+        write_shard(&mut reply, snapshot, keyspace, shard);
     }
     Ok(Next::Replied)
 }
 
 /// The keyspace that a command names.
-pub fn named_keyspace<'c>(context: &'c Context<'_>, name: &[u8]) -> Result<&'c KeyspaceRecord, CommandError> {
-    context.routing.snapshot.keyspaces.iter().find(|keyspace| keyspace.name.as_bytes() == name).ok_or_else(|| {
+pub fn named_keyspace<'a>(snapshot: &'a Snapshot, name: &[u8]) -> Result<&'a KeyspaceRecord, CommandError> {
+    snapshot.keyspaces.iter().find(|keyspace| keyspace.name.as_bytes() == name).ok_or_else(|| {
         let text = format!("ERR no such keyspace '{}'", String::from_utf8_lossy(name));
-        vasto_proto::error::single_line(&text).into_owned().into()
+        error::single_line(&text).into_owned().into()
     })
 }
 
-/// One map, with the shards as an array of maps in it.
-pub fn keyspace_info(context: &mut Context<'_>, mut args: Args<'_>) -> Result<Next, CommandError> {
-    let keyspace = named_keyspace(context, args.bytes()?)?.clone();
-    let snapshot = &context.routing.snapshot;
-    let mut reply = ReplyWriter::new(context.reply);
-    reply.map(KEYSPACE_FIELDS + 1);
-    write_keyspace(&mut reply, &keyspace);
-    reply.bulk(b"layout");
-    reply.array(keyspace.shards.len());
-    for shard in 0..keyspace.shards.len() {
-        reply.map(SHARD_FIELDS);
-        write_shard(&mut reply, snapshot, &keyspace, shard);
+/// KEYSPACE ALTER name option value…: through the master, for all gateways.
+pub fn keyspace_alter(context: &mut Context<'_>, mut args: Args<'_>) -> Result<Next, CommandError> {
+    let keyspace = named_keyspace(&context.routing.snapshot, args.bytes()?)?;
+    let mut settings = Settings::default();
+    while !args.is_empty() {
+        if !args.option("fsync") {
+            return Err(error::SYNTAX);
+        }
+        settings.fsync = Some(Fsync::from_word(args.bytes()?).ok_or(UNKNOWN_FSYNC)?);
     }
-    Ok(Next::Replied)
+    Ok(alter(keyspace, settings, Changes::default()))
 }
+
+const UNKNOWN_FSYNC: CommandError = CommandError::fixed("ERR FSYNC is one of always, everysec, no");
 
 #[cfg(test)]
 mod tests {
@@ -154,8 +172,8 @@ mod tests {
         harness.script(
             r#"
             > KEYSLOT {user1000}.following / < 3443
-            > KEYSPACE LIST / < [{"name": "0", "id": 0, "epoch": 1, "copies": 1, "shards": 3}, {"name": "users", "id": 5, "epoch": 1, "copies": 1, "shards": 1}]
-            > KEYSPACE INFO users / < {"name": "users", "id": 5, "epoch": 1, "copies": 1, "shards": 1, "layout": [{"shard": 0, "epoch": 1, "primary": "0000000b", "address": "10.0.0.11:7201", "state": "down", "replicas": []}]}
+            > KEYSPACE LIST / < [{"name": "0", "id": 0, "epoch": 1, "copies": 1, "shards": 3, "fsync": "everysec"}, {"name": "users", "id": 5, "epoch": 1, "copies": 1, "shards": 1, "fsync": "everysec"}]
+            > KEYSPACE INFO users / < {"name": "users", "id": 5, "epoch": 1, "copies": 1, "shards": 1, "fsync": "everysec", "layout": [{"shard": 0, "epoch": 1, "primary": "0000000b", "address": "10.0.0.11:7201", "state": "down", "replicas": []}]}
             > KEYSPACE INFO nosuch / < -ERR no such keyspace 'nosuch'
             > STORES / < [{"id": "0000000a", "address": "10.0.0.10:7201", "state": "up", "free_disk_bytes": 1073741824, "shards": 2}, {"id": "0000000b", "address": "10.0.0.11:7201", "state": "down", "free_disk_bytes": 1073741824, "shards": 2}]
             "#,
@@ -166,5 +184,23 @@ mod tests {
             "{topology}"
         );
         assert_eq!(topology.matches("\"shard\":").count(), 4);
+    }
+
+    #[test]
+    fn a_keyspace_is_altered_by_the_master() {
+        let mut harness = Harness::new();
+        harness.script(
+            r#"
+            > KEYSPACE ALTER users FSYNC / < -ERR wrong number of arguments for 'keyspace|alter' command
+            > KEYSPACE ALTER nosuch FSYNC no / < -ERR no such keyspace 'nosuch'
+            > KEYSPACE ALTER users COLOUR red / < -ERR syntax error
+            > KEYSPACE ALTER users FSYNC red / < -ERR FSYNC is one of always, everysec, no
+            > KEYSPACE ALTER users FSYNC no FSYNC / < -ERR syntax error
+            "#,
+        );
+        assert_eq!(harness.altered, None);
+        assert_eq!(harness.run("KEYSPACE ALTER users fsync NO"), "OK");
+        let asked = harness.altered.expect("the master was asked");
+        assert_eq!((asked.name.as_str(), asked.changes.fsync), ("users", Some(vasto_proto::topology::Fsync::Never)));
     }
 }

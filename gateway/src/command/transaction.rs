@@ -308,7 +308,9 @@ fn run_here(context: &mut Context<'_>, command: GatewayCommand, arguments: Argum
             Ok(requests) => return Here::Asks(ask, requests),
             Err(error) => error_reply(error.text()),
         },
-        Ok(Next::Silent | Next::RepliedAfter(_) | Next::Shutdown) => error_reply(NOT_IN_TRANSACTION),
+        Ok(Next::Silent | Next::AskMaster(..) | Next::RepliedAfter(_) | Next::Shutdown) => {
+            error_reply(NOT_IN_TRANSACTION)
+        }
         Err(error) => error_reply(error.text()),
     })
 }

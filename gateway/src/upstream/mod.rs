@@ -1,7 +1,8 @@
-//! The ways to the stores.
+//! The ways to the stores and to the master.
 
 pub mod grpc;
 pub mod link;
+pub mod masters;
 pub(crate) mod pool;
 
 pub use grpc::GrpcConnector;

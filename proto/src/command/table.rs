@@ -52,13 +52,10 @@ macro_rules! store_commands {
             Rename "rename" 3 [WRITE] (1 2 1) OneShard generic::rename "generic" "1.0.0" "Gives a key another name in the same shard.";
             Renamenx "renamenx" 3 [WRITE FAST] (1 2 1) OneShard generic::renamenx "generic" "1.0.0" "Gives a key another name in the same shard if that is free.";
             Copy "copy" -3 [WRITE DENYOOM] (1 2 1) OneShard generic::copy "generic" "6.2.0" "Copies a value to another key of the same shard.";
-            Dump "dump" 2 [READONLY] (1 1 1) OneShard dump::dump "generic" "2.6.0" "Returns a value in Redis's own format, with a checksum.";
-            Restore "restore" -4 [WRITE DENYOOM] (1 1 1) OneShard dump::restore "generic" "2.6.0" "Makes a key of what DUMP returned; strings only so far.";
             ObjectEncoding "object|encoding" 3 [READONLY] (2 2 1) OneShard generic::object_encoding "generic" "2.2.3" "Returns how Redis would keep the value.";
             ObjectRefcount "object|refcount" 3 [READONLY] (2 2 1) OneShard generic::object_refcount "generic" "2.2.3" "Returns 1 for a key that exists.";
             ObjectIdletime "object|idletime" 3 [READONLY] (2 2 1) OneShard generic::object_idletime "generic" "2.2.3" "Returns 0 for a key that exists; access times are not kept.";
             ObjectFreq "object|freq" 3 [READONLY] (2 2 1) OneShard generic::object_freq "generic" "4.0.0" "Answers that no LFU policy is chosen.";
-            ObjectEventtime "object|eventtime" 3 [READONLY] (2 2 1) OneShard generic::object_eventtime "generic" "0.1.0" "Returns the event time of a key's row, in Unix nanoseconds.";
             MemoryUsage "memory|usage" -3 [READONLY] (2 2 1) OneShard generic::memory_usage "server" "4.0.0" "Returns the bytes of a key's row.";
 
             Dbsize "dbsize" 1 [READONLY FAST WALKS] (0 0 0) AllShards(Sum) keyspace::dbsize "server" "1.0.0" "Counts the keys: exact up to 100,000 a shard, an estimate above.";
@@ -75,12 +72,17 @@ macro_rules! store_commands {
             // `_exec watched-count (key token)… (command u16 LE, argument count u32 LE, argument…)…` answers an array of replies, or a null
             // array when a token is stale.
             InternalExec "_exec" -2 [WRITE INTERNAL] (0 0 0) OneShard transaction::exec "internal" "0.1.0" "A transaction on one shard.";
+            // `_stats [NOKEYS]` answers an array with one map of names and integers; with the word, nothing is walked.
+            InternalStats "_stats" -1 [READONLY WALKS INTERNAL] (0 0 0) AllShards(Concat) keyspace::stats "internal" "0.1.0" "Figures of a shard.";
+
+            // A row's place is its code on the wire: what is newer stands below, in the order in which it came.
+            Dump "dump" 2 [READONLY] (1 1 1) OneShard dump::dump "generic" "2.6.0" "Returns a value in Redis's own format, with a checksum.";
+            Restore "restore" -4 [WRITE DENYOOM] (1 1 1) OneShard dump::restore "generic" "2.6.0" "Makes a key of what DUMP returned; strings only so far.";
+            ObjectEventtime "object|eventtime" 3 [READONLY] (2 2 1) OneShard generic::object_eventtime "generic" "0.1.0" "Returns the event time of a key's row, in Unix nanoseconds.";
             // `_save id start|wait` has the whole store of the shard backed up under this name: `start` answers when it has begun, `wait` when it is done.
             InternalSave "_save" 3 [WRITE WALKS INTERNAL] (0 0 0) OneShard backup::save "internal" "0.1.0" "Backs up a store.";
             // `_saves` answers a map of names and integers.
             InternalSaves "_saves" 1 [READONLY INTERNAL] (0 0 0) OneShard backup::saves "internal" "0.1.0" "The backups of a store.";
-            // `_stats` answers an array with one map of names and integers.
-            InternalStats "_stats" 1 [READONLY WALKS INTERNAL] (0 0 0) AllShards(Concat) keyspace::stats "internal" "0.1.0" "Figures of a shard.";
             // `_compact` rewrites a shard's files and answers OK when it is done.
             InternalCompact "_compact" 1 [READONLY WALKS INTERNAL] (0 0 0) AllShards(AllOk) keyspace::compact "internal" "0.1.0" "Takes back the space of a shard's dead rows.";
         }
@@ -141,8 +143,10 @@ macro_rules! gateway_commands {
             Debug "debug" -2 [ADMIN NOSCRIPT LOADING STALE] (0 0 0) Here server::debug "server" "1.0.0" "Commands for tests: DEBUG SLEEP seconds holds up this connection.";
             Memory "memory" -2 [CONTAINER] (0 0 0) Here container::missing "server" "4.0.0" "Commands on memory.";
             MemoryHelp "memory|help" 2 [LOADING STALE] (0 0 0) Here container::memory_help "server" "4.0.0" "Lists the subcommands.";
-            MemoryDoctor "memory|doctor" 2 [] (0 0 0) Here server::memory_doctor "server" "4.0.0" "Says whether memory needs attention.";
-            MemoryPurge "memory|purge" 2 [] (0 0 0) Here server::memory_purge "server" "4.0.0" "Accepted; the allocator gives memory back by itself.";
+            MemoryDoctor "memory|doctor" 2 [] (0 0 0) Here memory::doctor "server" "4.0.0" "Says whether memory needs attention.";
+            MemoryMallocStats "memory|malloc-stats" 2 [] (0 0 0) Here memory::malloc_stats "server" "4.0.0" "Says what the allocator and the system know of this process's memory.";
+            MemoryPurge "memory|purge" 2 [] (0 0 0) Here memory::purge "server" "4.0.0" "Accepted; the allocator gives memory back by itself.";
+            MemoryStats "memory|stats" 2 [] (0 0 0) Here memory::stats "server" "4.0.0" "Shows what memory is used for, here and in the stores of the keyspace.";
             Slowlog "slowlog" -2 [CONTAINER] (0 0 0) Here container::missing "server" "2.2.12" "Commands on the log of slow commands.";
             SlowlogHelp "slowlog|help" 2 [LOADING STALE] (0 0 0) Here container::slowlog_help "server" "6.2.0" "Lists the subcommands.";
             SlowlogGet "slowlog|get" -2 [ADMIN LOADING STALE] (0 0 0) Here slowlog::get "server" "2.2.12" "Returns the slowest commands of this gateway.";
@@ -166,6 +170,7 @@ macro_rules! gateway_commands {
             Keyspace "keyspace" -2 [CONTAINER] (0 0 0) Here container::missing "vasto" "0.1.0" "Commands on keyspaces.";
             KeyspaceHelp "keyspace|help" 2 [LOADING STALE] (0 0 0) Here container::keyspace_help "vasto" "0.1.0" "Lists the subcommands.";
             KeyspaceList "keyspace|list" 2 [LOADING STALE] (0 0 0) Here topology::keyspace_list "vasto" "0.1.0" "Lists the keyspaces.";
+            KeyspaceAlter "keyspace|alter" -5 [ADMIN LOADING STALE] (0 0 0) Here topology::keyspace_alter "vasto" "0.1.0" "Changes settings of a keyspace, for all gateways.";
             KeyspaceInfo "keyspace|info" 3 [LOADING STALE] (0 0 0) Here topology::keyspace_info "vasto" "0.1.0" "Describes a keyspace.";
             KeyspaceCompact "keyspace|compact" 3 [ADMIN NOSCRIPT] (0 0 0) Here compaction::keyspace_compact "vasto" "0.1.0" "Rewrites the files of a keyspace without its dead rows.";
         }

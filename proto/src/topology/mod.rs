@@ -1,7 +1,9 @@
 //! Who serves what: records of keyspaces and the snapshot that gateways route by. Pure values, validated on receipt.
 
 pub mod record;
+pub mod settings;
 pub mod snapshot;
 
 pub use record::{KeyspaceRecord, RecordError, ShardRecord};
+pub use settings::{Fsync, Settings};
 pub use snapshot::{Snapshot, StoreInfo};

@@ -1,5 +1,6 @@
 //! The record: the durable description of one keyspace.
 
+use super::settings::Settings;
 use crate::id::{Epoch, KeyspaceId, ShardId, StoreId};
 use crate::pb;
 use crate::slot::SHARD_COUNT_MAX;
@@ -19,6 +20,7 @@ pub struct KeyspaceRecord {
     pub copies: u32,
     /// By shard number; never empty.
     pub shards: Vec<ShardRecord>,
+    pub settings: Settings,
 }
 
 /// Who holds one shard.
@@ -39,6 +41,9 @@ pub enum RecordError {
         "keyspace name {0:?} is empty, longer than {KEYSPACE_NAME_BYTES_MAX} bytes or has other characters than letters, digits, '_', '-', '.'"
     )]
     Name(String),
+    /// A later version may know it.
+    #[error("setting {name} has the unknown value {code}")]
+    Setting { name: &'static str, code: i32 },
 }
 
 impl KeyspaceRecord {
@@ -48,7 +53,8 @@ impl KeyspaceRecord {
             .iter()
             .map(|primary| ShardRecord { epoch: Epoch(1), primary: *primary, replicas: Vec::new() })
             .collect();
-        let record = Self { id, name: name.to_owned(), epoch: Epoch(1), copies: 1, shards };
+        let settings = Settings::default();
+        let record = Self { id, name: name.to_owned(), epoch: Epoch(1), copies: 1, shards, settings };
         record.validate()?;
         Ok(record)
     }
@@ -62,6 +68,11 @@ impl KeyspaceRecord {
             return Err(RecordError::Name(self.name.clone()));
         }
         Ok(())
+    }
+
+    /// The next version of the record with other settings. The shards' epochs stay, so no request in flight is refused.
+    pub fn with_settings(&self, settings: Settings) -> Self {
+        Self { epoch: Epoch(self.epoch.0 + 1), settings, ..self.clone() }
     }
 
     pub fn shard_count(&self) -> u16 {
@@ -88,6 +99,7 @@ impl From<&KeyspaceRecord> for pb::KeyspaceRecord {
             epoch: record.epoch.0,
             copies: record.copies,
             shards: record.shards.iter().map(shard).collect(),
+            settings: Some((&record.settings).into()),
         }
     }
 }
@@ -107,6 +119,8 @@ impl TryFrom<pb::KeyspaceRecord> for KeyspaceRecord {
             epoch: Epoch(message.epoch),
             copies: message.copies,
             shards: message.shards.into_iter().map(shard).collect(),
+            // Processes before protocol version 2 do not know them.
+            settings: message.settings.map(Settings::try_from).transpose()?.unwrap_or_default(),
         };
         record.validate()?;
         Ok(record)
@@ -116,6 +130,7 @@ impl TryFrom<pb::KeyspaceRecord> for KeyspaceRecord {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::topology::settings::Fsync;
 
     #[test]
     fn a_record_round_trips_and_a_bad_one_is_refused() {
@@ -123,6 +138,11 @@ mod tests {
         let message = pb::KeyspaceRecord::from(&record);
         assert_eq!(KeyspaceRecord::try_from(message.clone()), Ok(record.clone()));
         assert_eq!(record.shards_of(StoreId(9)).map(|(shard, _)| shard).collect::<Vec<_>>(), [ShardId(1)]);
+        let older = pb::KeyspaceRecord { settings: None, ..message.clone() };
+        assert_eq!(KeyspaceRecord::try_from(older), Ok(record.clone()));
+        let altered = record.with_settings(Settings { fsync: Some(Fsync::Always) });
+        assert_eq!((altered.epoch, altered.shards.clone()), (Epoch(2), record.shards.clone()));
+        assert_eq!(KeyspaceRecord::try_from(pb::KeyspaceRecord::from(&altered)), Ok(altered));
         let empty = pb::KeyspaceRecord { shards: Vec::new(), ..message };
         assert_eq!(KeyspaceRecord::try_from(empty), Err(RecordError::ShardCount(0)));
         assert!(KeyspaceRecord::new(KeyspaceId(1), "no spaces", &[StoreId(1)]).is_err());

@@ -1,6 +1,7 @@
 //! A snapshot of the whole cluster, as the master streams it to gateways.
 
-use super::record::{KeyspaceRecord, RecordError};
+use super::record::{KeyspaceRecord, RecordError, ShardRecord};
+use super::settings::Fsync;
 use crate::id::{ClusterId, KeyspaceId, StoreId};
 use crate::pb;
 
@@ -12,6 +13,8 @@ pub struct StoreInfo {
     pub address: String,
     pub up: bool,
     pub free_disk_bytes: u64,
+    /// What it does for keyspaces whose records do not say; `None` if it is not known.
+    pub fsync: Option<Fsync>,
 }
 
 /// The cluster at one moment.
@@ -35,6 +38,19 @@ impl Snapshot {
         self.keyspaces.iter().find(|keyspace| keyspace.id == id)
     }
 
+    /// When writes of a keyspace are synced: as its record says, else as the stores of its shards were told, and of several
+    /// answers the weakest.
+    pub fn fsync(&self, keyspace: &KeyspaceRecord) -> Fsync {
+        let strength = |fsync: &Fsync| match fsync {
+            Fsync::Never => 0,
+            Fsync::EverySecond => 1,
+            Fsync::Always => 2,
+        };
+        let of_store = |shard: &ShardRecord| self.store(shard.primary).and_then(|store| store.fsync);
+        let of_stores = || keyspace.shards.iter().map(|shard| of_store(shard).unwrap_or_default()).min_by_key(strength);
+        keyspace.settings.fsync.or_else(of_stores).unwrap_or_default()
+    }
+
     pub fn keyspace_named(&self, name: &str) -> Option<&KeyspaceRecord> {
         self.keyspaces.iter().find(|keyspace| keyspace.name == name)
     }
@@ -47,6 +63,7 @@ impl From<&Snapshot> for pb::Topology {
             address: store.address.clone(),
             up: store.up,
             free_disk_bytes: store.free_disk_bytes,
+            fsync: Fsync::code(store.fsync),
         };
         Self {
             cluster_id: snapshot.cluster.0,
@@ -62,18 +79,49 @@ impl TryFrom<pb::Topology> for Snapshot {
     type Error = RecordError;
 
     fn try_from(message: pb::Topology) -> Result<Self, RecordError> {
-        let store = |store: pb::StoreInfo| StoreInfo {
-            id: StoreId(store.store_id),
-            address: store.address,
-            up: store.up,
-            free_disk_bytes: store.free_disk_bytes,
+        let store = |store: pb::StoreInfo| {
+            Ok(StoreInfo {
+                id: StoreId(store.store_id),
+                address: store.address,
+                up: store.up,
+                free_disk_bytes: store.free_disk_bytes,
+                fsync: Fsync::from_code(store.fsync)?,
+            })
         };
         Ok(Self {
             cluster: ClusterId(message.cluster_id),
             version: message.version,
-            stores: message.stores.into_iter().map(store).collect(),
+            stores: message.stores.into_iter().map(store).collect::<Result<_, _>>()?,
             keyspaces: message.keyspaces.into_iter().map(TryInto::try_into).collect::<Result<_, _>>()?,
             waiting_for: message.waiting_for,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::topology::Settings;
+
+    #[test]
+    fn the_record_decides_when_writes_are_synced_and_else_the_weakest_of_its_stores() {
+        let store = |id, fsync| StoreInfo {
+            id: StoreId(id),
+            address: format!("store-{id}:1"),
+            up: true,
+            free_disk_bytes: 1,
+            fsync,
+        };
+        let snapshot =
+            |first, second| Snapshot { stores: vec![store(1, first), store(2, second)], ..Snapshot::default() };
+        let record = KeyspaceRecord::new(KeyspaceId(0), "0", &[StoreId(1), StoreId(2)]).unwrap();
+        let (always, never) = (Some(Fsync::Always), Some(Fsync::Never));
+        assert_eq!(snapshot(always, always).fsync(&record), Fsync::Always);
+        assert_eq!(snapshot(always, never).fsync(&record), Fsync::Never);
+        assert_eq!(snapshot(always, None).fsync(&record), Fsync::EverySecond);
+        let record = record.with_settings(Settings { fsync: always });
+        assert_eq!(snapshot(never, never).fsync(&record), Fsync::Always);
+        let sent = snapshot(always, None);
+        assert_eq!(Snapshot::try_from(pb::Topology::from(&sent)), Ok(sent));
     }
 }

@@ -16,5 +16,6 @@ mod process;
 mod protocol;
 mod restart;
 mod scan;
+mod settings;
 mod tidy;
 mod time_to_live;

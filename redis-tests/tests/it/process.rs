@@ -157,8 +157,13 @@ fn metrics_are_served_in_the_text_format_of_prometheus() {
             stream.write_all(request.as_bytes()).unwrap();
             let _ = stream.read_to_string(&mut page);
         }
-        page.contains("# TYPE") && page.to_ascii_lowercase().contains("set")
+        page.contains("# TYPE")
+            && page.to_ascii_lowercase().contains("set")
+            && page.contains("vasto_store_sync_seconds")
     });
+    for name in ["vasto_store_syncs_total", "vasto_store_sync_lag_seconds", "vasto_store_held_batches"] {
+        assert!(page.contains(name), "{name} is missing in {page}");
+    }
     assert!(page.starts_with("HTTP/1.1 200"), "{page}");
 }
 

@@ -71,9 +71,10 @@ impl Manifest {
         let Self { name, cluster, store, data_format, started_s, finished_s, keyspaces, shards, files } = self;
         let mut text = format!("{TITLE} {VERSION}\nname {name}\ncluster {cluster}\nstore {store}\n");
         let _ = write!(text, "data-format {data_format}\nstarted {started_s}\nfinished {finished_s}\n");
-        for KeyspaceRecord { id, name, epoch, copies, shards } in keyspaces {
+        for KeyspaceRecord { id, name, epoch, copies, settings, shards } in keyspaces {
             let shards = shards.len();
-            let _ = writeln!(text, "keyspace {id} epoch {epoch} copies {copies} shards {shards} name {name}");
+            let fsync = settings.fsync.map(|fsync| format!(" fsync {fsync}")).unwrap_or_default();
+            let _ = writeln!(text, "keyspace {id} epoch {epoch} copies {copies} shards {shards}{fsync} name {name}");
         }
         for ShardEntry { shard, sequence } in shards {
             let _ = writeln!(text, "shard {shard} sequence {sequence}");

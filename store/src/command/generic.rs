@@ -227,11 +227,7 @@ pub fn memory_usage(context: &mut Context<'_>, mut args: Args<'_>) -> Result<(),
             return Err(error::SYNTAX.into());
         }
     }
-    let bytes = context.peek(key)?.map(|(header, value)| {
-        let mut encoded = Vec::with_capacity(Header::BYTES_MAX);
-        header.encode_into(&mut encoded);
-        SLOT_BYTES + key.len() + encoded.len() + value.len()
-    });
+    let bytes = context.peek(key)?.map(|(header, value)| SLOT_BYTES + key.len() + header.encoded_bytes() + value.len());
     match bytes {
         Some(bytes) => context.reply().integer(i64::try_from(bytes).expect("a row is shorter than 2^63 bytes")),
         None => context.reply().null(),

@@ -1,13 +1,18 @@
 //! Commands on all keys of a shard. They walk the rows on disk and run in the blocking lane.
 
+use super::census::{self, Census};
 use super::cursor::{Cursor, Order, key_hash};
 use super::glob::{self, Pattern};
+use super::random;
+use super::source::{RowState, Source};
 use crate::shard::context::{Context, Failure};
 use crate::shard::view::{ShardView, Walk};
+use std::ops::Range;
 use std::time::{Duration, Instant};
 use vasto_proto::command::Args;
 use vasto_proto::error::{self, CommandError};
 use vasto_proto::key::{decode_key, encode_key_of_slot_into};
+use vasto_proto::row::RowKind;
 use vasto_proto::slot::{SLOT_COUNT, hash_tag, slot_of};
 
 const PATTERN_TOO_LONG: CommandError = CommandError::fixed("ERR pattern is longer than 1 MiB");
@@ -26,14 +31,6 @@ const ROWS_PER_CLOCK_READING: usize = 64;
 const JUMPS_PER_CLOCK_READING: usize = 64;
 /// An answer must stay far below the 4 GiB that its length can say.
 const KEYS_BYTES_MAX: usize = 512 << 20;
-/// Keys that DBSIZE counts one by one.
-const COUNTED_KEYS_MAX: u64 = 100_000;
-/// Rows that DBSIZE reads at most, dead ones included: about two seconds.
-const COUNTED_ROWS_MAX: u64 = 4_000_000;
-/// A shard of up to this many rows is read whole to choose a random key, each with the same chance.
-const RANDOM_ROWS_MAX: u64 = 1000;
-/// Slots that RANDOMKEY tries before it takes the next key from a random place on.
-const RANDOM_SLOTS_TRIED: usize = 64;
 
 /// Which keys a walk is after.
 #[derive(Default)]
@@ -79,7 +76,6 @@ struct Place<'w> {
     key: &'w [u8],
     /// Whether a client sees the row.
     alive: bool,
-    expires_at_ms: u64,
 }
 
 /// Walks the rows of a range of slots that can match a filter; jumps over what cannot.
@@ -139,7 +135,7 @@ impl<'a> Rows<'a> {
         }
         let header = self.walk.row()?.map(|(header, _)| header);
         let alive = header.is_some_and(|header| self.view.is_alive(&header));
-        Ok(Some(Place { slot, key, alive, expires_at_ms: header.map_or(0, |header| header.expires_at_ms) }))
+        Ok(Some(Place { slot, key, alive }))
     }
 
     /// Goes behind the key that a cursor in key order stands for; false if no row, dead or alive, has its hash.
@@ -340,111 +336,109 @@ pub fn keys(context: &mut Context<'_>, mut args: Args<'_>) -> Result<(), Failure
     Ok(())
 }
 
-/// How many keys there are.
-#[derive(Debug, Default)]
-struct Census {
-    keys: u64,
-    expires: u64,
-    /// Mean time to live of the keys that expire.
-    time_to_live_ms: u64,
-    /// Whether every row was counted.
-    exact: bool,
+/// Rows that no file has are written out before a sample by bytes if they are more than this part of all.
+const MEMORY_PART: u64 = 16;
+
+/// A shard's rows, for those who count them or choose among them.
+struct ShardRows<'a> {
+    view: &'a ShardView<'a>,
+    walk: Walk<'a>,
 }
 
-/// Counts keys one by one up to [`COUNTED_KEYS_MAX`]; above it takes the rows that were read for a sample of RocksDB's estimate.
-fn census(view: &ShardView<'_>, now_ms: u64) -> Result<Census, Failure> {
-    let filter = Filter::default();
-    let mut rows = Rows::new(view, &filter, SLOT_COUNT - 1);
-    let (mut visited, mut keys, mut expires, mut time_to_live_ms) = (0u64, 0u64, 0u64, 0u128);
-    rows.seek_slot(0);
-    while let Some(place) = rows.place()? {
-        if keys >= COUNTED_KEYS_MAX || visited >= COUNTED_ROWS_MAX {
-            break;
-        }
-        visited += 1;
-        if place.alive {
-            keys += 1;
-            if place.expires_at_ms != 0 {
-                expires += 1;
-                time_to_live_ms += u128::from(place.expires_at_ms.saturating_sub(now_ms));
+impl Source for ShardRows<'_> {
+    type Error = Failure;
+
+    fn seek(&mut self, physical_key: &[u8]) {
+        self.walk.seek(physical_key);
+    }
+
+    fn next(&mut self) {
+        self.walk.next();
+    }
+
+    fn row(&self) -> Result<Option<(u16, RowState)>, Failure> {
+        let Some(physical) = self.walk.key() else {
+            self.walk.status()?;
+            return Ok(None);
+        };
+        let (Some((slot, _)), Some((header, value))) = (decode_key(physical), self.walk.row()?) else {
+            return Ok(None);
+        };
+        let state = if self.view.is_alive(&header) {
+            let bytes = (physical.len() + header.encoded_bytes() + value.len()) as u64;
+            RowState::Alive { bytes, expires_at_ms: header.expires_at_ms }
+        } else if self.view.is_flushed(&header) {
+            RowState::Flushed
+        } else {
+            match header.kind {
+                RowKind::Tombstone => RowState::Tombstone,
+                RowKind::String => RowState::Expired,
             }
+        };
+        Ok(Some((slot, state)))
+    }
+
+    fn key(&self) -> Option<&[u8]> {
+        self.walk.key()
+    }
+
+    fn write_out(&mut self) {
+        if self.view.memory_rows() * MEMORY_PART > self.view.estimate_keys() {
+            self.view.write_out();
         }
-        rows.next();
     }
-    let exact = rows.place()?.is_none();
-    let mean = time_to_live_ms.checked_div(u128::from(expires)).unwrap_or(0) as u64;
-    if exact {
-        return Ok(Census { keys, expires, time_to_live_ms: mean, exact });
+
+    fn bytes(&self, ranges: &[Range<Vec<u8>>]) -> Vec<u64> {
+        self.view.bytes_between(ranges)
     }
-    let rows_in_all = view.estimate_keys().max(visited);
-    let scaled = |part: u64| (u128::from(part) * u128::from(rows_in_all) / u128::from(visited.max(1))) as u64;
-    Ok(Census { keys: scaled(keys), expires: scaled(expires), time_to_live_ms: mean, exact })
+}
+
+/// How many rows there are; what was found a moment ago where that still holds.
+fn census(view: &ShardView<'_>, now_ms: u64) -> Result<Census, Failure> {
+    // Before the walk: a write in between makes the count one that is not answered again.
+    let (moment, now) = (view.moment(), Instant::now());
+    let has_own_writes = view.has_own_writes();
+    if let Some(kept) = view.kept_census().get(moment, now).filter(|_| !has_own_writes) {
+        return Ok(kept);
+    }
+    let mut source = ShardRows { view, walk: view.walk() };
+    let census = census::take(&mut source, view.slots(), now_ms, &mut fastrand::Rng::new())?;
+    if !has_own_writes {
+        view.kept_census().put(census.clone(), moment, now);
+    }
+    Ok(census)
 }
 
 fn figure(value: u64) -> i64 {
     i64::try_from(value).unwrap_or(i64::MAX)
 }
 
+/// A figure that may be an estimate.
+fn rounded(value: f64) -> u64 {
+    value.round() as u64
+}
+
 /// DBSIZE
 pub fn dbsize(context: &mut Context<'_>, args: Args<'_>) -> Result<(), Failure> {
     args.end()?;
     let census = census(&context.shard(), context.now_ms())?;
-    context.reply().integer(figure(census.keys));
+    context.reply().integer(figure(rounded(census.counts.keys)));
     Ok(())
-}
-
-/// Chooses one of the alive keys among the next rows, each with the same chance; also says whether the rows ended.
-fn choose(rows: &mut Rows<'_>, rows_max: u64, slot: Option<u16>) -> Result<(Option<Vec<u8>>, bool), Failure> {
-    let (mut chosen, mut alive) = (None, 0u64);
-    for _ in 0..rows_max {
-        let Some(place) = rows.place()?.filter(|place| slot.is_none_or(|slot| place.slot == slot)) else {
-            return Ok((chosen, true));
-        };
-        if place.alive {
-            alive += 1;
-            if fastrand::u64(..alive) == 0 {
-                chosen = Some(place.key.to_vec());
-            }
-        }
-        rows.next();
-    }
-    Ok((chosen, false))
-}
-
-fn random_key(view: &ShardView<'_>) -> Result<Option<Vec<u8>>, Failure> {
-    let filter = Filter::default();
-    let mut rows = Rows::new(view, &filter, SLOT_COUNT - 1);
-    rows.seek_slot(0);
-    if let (chosen, true) = choose(&mut rows, RANDOM_ROWS_MAX, None)? {
-        return Ok(chosen);
-    }
-    let Some(mut slot) = fastrand::choice(view.slots()).copied() else { return Ok(None) };
-    for _ in 0..RANDOM_SLOTS_TRIED {
-        rows.seek_slot(slot);
-        if let (Some(chosen), _) = choose(&mut rows, RANDOM_ROWS_MAX, Some(slot))? {
-            return Ok(Some(chosen));
-        }
-        slot = fastrand::choice(view.slots()).copied().unwrap_or(slot);
-    }
-    // Few slots have keys: the next one from a random slot on, around the end.
-    for start in [slot, 0] {
-        rows.seek_slot(start);
-        while let Some(place) = rows.place()? {
-            if place.alive {
-                return Ok(Some(place.key.to_vec()));
-            }
-            rows.next();
-        }
-    }
-    Ok(None)
 }
 
 /// RANDOMKEY
 pub fn randomkey(context: &mut Context<'_>, args: Args<'_>) -> Result<(), Failure> {
     args.end()?;
-    let key = random_key(&context.shard())?;
-    match key {
-        Some(key) => context.reply().bulk(&key),
+    let key = {
+        let view = context.shard();
+        let chances = match view.kept_census().chances(view.moment(), Instant::now()) {
+            Some(kept) => kept,
+            None => census(&view, context.now_ms())?.chances(),
+        };
+        random::physical_key(&mut ShardRows { view: &view, walk: view.walk() }, view.slots(), &chances)?
+    };
+    match key.as_deref().and_then(random::user_key) {
+        Some(key) => context.reply().bulk(key),
         None => context.reply().null(),
     }
     Ok(())
@@ -459,27 +453,46 @@ pub fn flush(context: &mut Context<'_>, mut args: Args<'_>) -> Result<(), Failur
     Ok(())
 }
 
-/// `_stats`
-pub fn stats(context: &mut Context<'_>, args: Args<'_>) -> Result<(), Failure> {
+/// `_stats [NOKEYS]`: figures of the shard and, beginning with `store_`, of its store; NOKEYS leaves out what takes a walk.
+pub fn stats(context: &mut Context<'_>, mut args: Args<'_>) -> Result<(), Failure> {
+    let counts_keys = !args.option("NOKEYS");
     args.end()?;
-    let figures = {
+    let mut figures: Vec<(&str, u64)> = Vec::new();
+    {
         let view = context.shard();
-        let census = census(&view, context.now_ms())?;
-        [
-            ("keys", census.keys),
-            ("keys_exact", u64::from(census.exact)),
-            ("expires", census.expires),
-            ("avg_ttl", census.time_to_live_ms),
+        if counts_keys {
+            let census = census(&view, context.now_ms())?;
+            let counts = census.counts;
+            figures.extend([
+                ("keys", rounded(counts.keys)),
+                ("keys_exact", u64::from(census.exact)),
+                ("keys_error", rounded(census.keys_error)),
+                ("expires", rounded(counts.expires)),
+                ("avg_ttl", rounded(counts.mean_time_to_live_ms())),
+                ("row_bytes", rounded(counts.bytes)),
+                ("expired", rounded(counts.expired)),
+                ("tombstones", rounded(counts.tombstones)),
+                ("flushed", rounded(counts.flushed)),
+            ]);
+        }
+        let durability = view.durability();
+        figures.extend([
             ("rows_estimate", view.estimate_keys()),
-            ("row_bytes", view.live_bytes()),
             ("disk_bytes", view.disk_bytes()),
             ("memtable_bytes", view.memtable_bytes()),
-            ("block_cache_bytes", view.block_cache_bytes()),
             ("shards_read_only", u64::from(view.is_read_only())),
             ("rows_expired_by_compaction", view.rows_expired_by_compaction()),
             ("tombstones_dropped", view.tombstones_dropped()),
-        ]
-    };
+            ("unsynced_ms", durability.lag.map_or(0, |lag| u64::try_from(lag.as_millis()).unwrap_or(u64::MAX))),
+            ("syncs", durability.syncs),
+            ("slow_syncs", durability.slow_syncs),
+            ("held_batches", durability.held_batches_now),
+        ]);
+    }
+    figures.extend([
+        ("store_row_cache_bytes", context.row_cache_bytes()),
+        ("store_block_cache_bytes", context.shard().block_cache_bytes()),
+    ]);
     let mut reply = context.reply();
     reply.array(1);
     reply.map(figures.len());
@@ -692,10 +705,98 @@ mod tests {
         let figures = text(&script.ask(StoreCommand::InternalStats, &[]));
         assert!(
             figures.starts_with(
-                r#"[{"keys": (integer) 10, "keys_exact": (integer) 1, "expires": (integer) 1, "avg_ttl": "#
+                r#"[{"keys": (integer) 10, "keys_exact": (integer) 1, "keys_error": (integer) 0, "expires": (integer) 1, "avg_ttl": "#
             ),
             "{figures}"
         );
+        script.line("DEL k2 k3");
+        script.line("SET k4 v PXAT 1");
+        let figures = text(&script.ask(StoreCommand::InternalStats, &[]));
+        assert!(
+            figures.contains(r#""expired": (integer) 1, "tombstones": (integer) 2, "flushed": (integer) 0, "#),
+            "{figures}"
+        );
+        // The bytes are those that MEMORY USAGE says of each key.
+        let bytes: u64 = script
+            .ask(StoreCommand::Keys, &[b"*"])
+            .split(|byte| *byte == b'k')
+            .skip(1)
+            .map(|number| {
+                let usage = script.line(&format!("MEMORY USAGE k{}", char::from(number[0])));
+                usage.strip_prefix("(integer) ").unwrap().parse::<u64>().unwrap()
+            })
+            .sum();
+        assert!(figures.contains(&format!(r#""row_bytes": (integer) {bytes}, "#)), "{bytes} in {figures}");
+        let figures = text(&script.ask(StoreCommand::InternalStats, &[b"nokeys"]));
+        assert!(figures.starts_with(r#"[{"rows_estimate": "#), "{figures}");
+    }
+
+    /// Sets many keys with values of random length, MSET by MSET.
+    fn fill(script: &mut Script, keys: impl Iterator<Item = String>) {
+        let keys: Vec<String> = keys.collect();
+        let value = [b'v'; 64];
+        for chunk in keys.chunks(1000) {
+            let pairs: Vec<&[u8]> =
+                chunk.iter().flat_map(|key| [key.as_bytes(), &value[..fastrand::usize(..64)]]).collect();
+            script.ask(StoreCommand::Mset, &pairs);
+        }
+    }
+
+    fn dbsize(script: &mut Script) -> f64 {
+        script.line("DBSIZE").strip_prefix("(integer) ").unwrap().parse().unwrap()
+    }
+
+    #[test]
+    fn above_100_000_keys_the_size_is_near_whatever_was_overwritten_or_deleted() {
+        let mut script = Script::new();
+        for _ in 0..2 {
+            fill(&mut script, (0..220_000).map(|number| format!("key:{number}")));
+        }
+        let size = dbsize(&mut script);
+        assert!((size - 220_000.0).abs() < 0.03 * 220_000.0, "{size}");
+        // Half in one slot, a part of it in memory only.
+        fill(&mut script, (0..220_000).map(|number| format!("{{tag}}:{number}")));
+        let size = dbsize(&mut script);
+        assert!((size - 440_000.0).abs() < 0.05 * 440_000.0, "{size}");
+        // What is small again is counted.
+        script.line("FLUSHDB");
+        fill(&mut script, (0..100_000).map(|number| format!("key:{number}")));
+        assert_eq!(dbsize(&mut script), 100_000.0);
+        script.line("DEL key:1 key:2");
+        assert_eq!(dbsize(&mut script), 99_998.0);
+        script.line("SET more 1");
+        assert_eq!(dbsize(&mut script), 99_999.0);
+    }
+
+    #[test]
+    fn random_keys_come_from_everywhere_in_a_large_shard() {
+        let mut script = Script::new();
+        // One slot has nine of ten keys.
+        fill(&mut script, (0..2_000).map(|number| format!("key:{number}")));
+        fill(&mut script, (0..18_000).map(|number| format!("{{tag}}:{number}")));
+        let drawn: Vec<String> = (0..2_000).map(|_| script.line("RANDOMKEY")).collect();
+        let (tagged, others): (BTreeSet<&String>, BTreeSet<&String>) =
+            drawn.iter().partition(|key| key.contains("{tag}"));
+        assert!(tagged.len() > 100 && others.len() > 100, "{} and {} different keys", tagged.len(), others.len());
+        // From its whole length, not from its first rows alone.
+        let late = tagged.iter().filter(|key| key.as_str() > "\"{tag}:5").count();
+        assert!(late * 4 > tagged.len(), "{late} of {} lie in the second half", tagged.len());
+    }
+
+    #[test]
+    fn a_random_key_is_alive_and_found_among_many_dead_rows() {
+        let mut script = Script::new();
+        fill(&mut script, (0..3_000).map(|number| format!("dead:{number}")));
+        for chunk in (0..3_000).map(|number| format!("dead:{number}")).collect::<Vec<_>>().chunks(500) {
+            let keys: Vec<&[u8]> = chunk.iter().map(String::as_bytes).collect();
+            script.ask(StoreCommand::Del, &keys);
+        }
+        assert_eq!(script.line("RANDOMKEY"), "(nil)");
+        script.line("SET last 1");
+        script.line("SET gone 1 PXAT 1");
+        for _ in 0..20 {
+            assert_eq!(script.line("RANDOMKEY"), "\"last\"");
+        }
     }
 
     #[test]

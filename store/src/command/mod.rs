@@ -1,6 +1,7 @@
 //! The commands a shard executes: which function runs each row of the command table, and what must be known before it runs.
 
 mod backup;
+pub mod census;
 pub mod cursor;
 mod dump;
 mod event_time;
@@ -10,6 +11,8 @@ mod generic;
 pub mod glob;
 mod keyspace;
 mod lcs;
+mod random;
+mod source;
 mod string;
 mod transaction;
 

@@ -12,6 +12,7 @@ use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 use std::fs::{self, File};
 use std::io;
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -278,11 +279,6 @@ impl Database {
         Ok(Checkpoint::new(&self.db)?.create_checkpoint(path)?)
     }
 
-    /// The number of the last write in the log.
-    pub fn sequence(&self) -> u64 {
-        self.db.latest_sequence_number()
-    }
-
     /// Rewrites all files, dropping what may be dropped; twice if tombstones may go that nobody had noted. The log is cut too: it has
     /// what the files lose, and the small column families would hold it back.
     pub fn compact(&self) {
@@ -314,12 +310,25 @@ impl Database {
         self.figure(properties::ESTIMATE_NUM_KEYS)
     }
 
+    /// Rows in memtables, what was overwritten included.
+    pub fn memory_rows(&self) -> u64 {
+        self.figure(properties::NUM_ENTRIES_ACTIVE_MEM_TABLE) + self.figure(properties::NUM_ENTRIES_IMM_MEM_TABLES)
+    }
+
     pub fn disk_bytes(&self) -> u64 {
         self.figure(properties::TOTAL_SST_FILES_SIZE)
     }
 
-    pub fn live_bytes(&self) -> u64 {
-        self.figure(properties::ESTIMATE_LIVE_DATA_SIZE)
+    /// Bytes of files between physical keys, to a block or so for each file; rows that are in memory only have none.
+    pub fn bytes_between(&self, ranges: &[Range<Vec<u8>>]) -> Vec<u64> {
+        let ranges: Vec<rocksdb::Range<'_>> =
+            ranges.iter().map(|range| rocksdb::Range::new(&range.start, &range.end)).collect();
+        self.db.get_approximate_sizes_cf(self.family(KEYS), &ranges)
+    }
+
+    /// The number of the last write; each row has its own.
+    pub fn sequence(&self) -> u64 {
+        self.db.latest_sequence_number()
     }
 
     pub fn memtable_bytes(&self) -> u64 {

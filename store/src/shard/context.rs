@@ -111,6 +111,11 @@ impl<'a> Context<'a> {
         self.now_ns
     }
 
+    /// Bytes that the store's row cache holds, as of the last second.
+    pub fn row_cache_bytes(&self) -> u64 {
+        self.core.counters.row_cache_bytes()
+    }
+
     /// Refuses to make a value above the large-value threshold without a permit; before anything is written.
     pub fn admit_value(&self, bytes: usize) -> Result<(), Failure> {
         if bytes > LARGE_VALUE_BYTES && !self.has_large_permit {

@@ -6,7 +6,7 @@ use super::session::Shared;
 use crate::config::Fsync;
 use crate::engine::EngineError;
 use parking_lot::{Condvar, Mutex};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -19,39 +19,149 @@ struct Held {
 
 /// Counts a shard's writes and how many of them are synced.
 pub struct Durability {
-    fsync: Fsync,
+    /// Place in [`Fsync::ALL`].
+    fsync: AtomicU8,
     written: AtomicU64,
     synced: AtomicU64,
     held: Mutex<Vec<Held>>,
     /// Why nothing is synced any more: the shard failed.
     ended: OnceLock<String>,
-    /// Since when the work of every second is due.
-    round: Mutex<Option<Instant>>,
+    /// The work of every second is due.
+    round: AtomicBool,
     /// One of the threads that sync is at this shard.
     at_work: AtomicBool,
+    /// Held by whoever syncs: a second one would wait for the same disk.
+    syncing: Mutex<()>,
+    unsynced: Unsynced,
+    counted: SyncCounts,
+}
+
+/// Since when writes wait for a sync, in milliseconds after `opened`; 0 = none does.
+struct Unsynced {
+    opened: Instant,
+    /// The oldest write since the last sync began …
+    later_ms: AtomicU64,
+    /// … and the oldest that the sync under way, or one that failed, is for.
+    under_way_ms: AtomicU64,
+}
+
+/// What was done for durability since the shard was opened.
+#[derive(Default)]
+struct SyncCounts {
+    syncs: AtomicU64,
+    slow_syncs: AtomicU64,
+    held_batches: AtomicU64,
+}
+
+/// Figures of a shard's durability.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SyncFigures {
+    pub syncs: u64,
+    /// Those that took longer than [`SYNC_INTERVAL`].
+    pub slow_syncs: u64,
+    /// Batches of answers that had to wait for a sync, and those that wait now.
+    pub held_batches: u64,
+    pub held_batches_now: u64,
+    /// Age of the oldest write that no sync has covered; `None` where nobody is promised one.
+    pub lag: Option<Duration>,
+}
+
+impl Unsynced {
+    fn now_ms(&self) -> u64 {
+        // 0 means none.
+        u64::try_from(self.opened.elapsed().as_millis()).unwrap_or(u64::MAX).max(1)
+    }
+
+    fn wrote(&self) {
+        if self.later_ms.load(Ordering::SeqCst) == 0 {
+            let _ = self.later_ms.compare_exchange(0, self.now_ms(), Ordering::SeqCst, Ordering::SeqCst);
+        }
+    }
+
+    /// Call it before the writes that the sync will cover are counted: one that comes in between counts as older than it is, never
+    /// as synced when it is not.
+    fn sync_begins(&self) {
+        let since_ms = self.later_ms.swap(0, Ordering::SeqCst);
+        // What a failed sync left is older still.
+        let _ = self.under_way_ms.compare_exchange(0, since_ms, Ordering::SeqCst, Ordering::SeqCst);
+    }
+
+    fn sync_succeeded(&self) {
+        self.under_way_ms.store(0, Ordering::SeqCst);
+    }
+
+    fn age(&self) -> Duration {
+        let oldest = [&self.later_ms, &self.under_way_ms].map(|since_ms| since_ms.load(Ordering::SeqCst));
+        let oldest_ms = oldest.into_iter().filter(|since_ms| *since_ms > 0).min();
+        Duration::from_millis(oldest_ms.map_or(0, |since_ms| self.now_ms().saturating_sub(since_ms)))
+    }
 }
 
 impl Durability {
     pub fn new(fsync: Fsync) -> Self {
+        let opened = Instant::now();
         Self {
-            fsync,
+            fsync: AtomicU8::new(place(fsync)),
             written: AtomicU64::new(0),
             synced: AtomicU64::new(0),
             held: Mutex::default(),
             ended: OnceLock::new(),
-            round: Mutex::default(),
+            round: AtomicBool::new(false),
             at_work: AtomicBool::new(false),
+            syncing: Mutex::default(),
+            unsynced: Unsynced { opened, later_ms: AtomicU64::new(0), under_way_ms: AtomicU64::new(0) },
+            counted: SyncCounts::default(),
         }
+    }
+
+    pub fn fsync(&self) -> Fsync {
+        Fsync::ALL[usize::from(self.fsync.load(Ordering::Acquire))]
+    }
+
+    pub fn figures(&self) -> SyncFigures {
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        SyncFigures {
+            syncs: read(&self.counted.syncs),
+            slow_syncs: read(&self.counted.slow_syncs),
+            held_batches: read(&self.counted.held_batches),
+            held_batches_now: self.held.lock().len() as u64,
+            lag: match self.fsync() {
+                Fsync::Always | Fsync::EverySecond => Some(self.unsynced.age()),
+                Fsync::Never => None,
+            },
+        }
+    }
+
+    /// Holds up every sync, as a slow disk would.
+    #[cfg(test)]
+    pub fn stall(&self) -> parking_lot::MutexGuard<'_, ()> {
+        self.syncing.lock()
+    }
+
+    /// Whether the threads that sync have anything to do for this shard.
+    fn is_due(&self) -> bool {
+        self.round.load(Ordering::Acquire) || self.wants_sync()
+    }
+
+    /// Whether a sync is wanted now and not with the next round.
+    fn wants_sync(&self) -> bool {
+        // Answers may be held from before the setting was changed.
+        !self.held.lock().is_empty()
+            || match self.fsync() {
+                Fsync::Always => self.written.load(Ordering::Acquire) > self.synced.load(Ordering::Acquire),
+                Fsync::EverySecond | Fsync::Never => false,
+            }
     }
 
     /// Notes a write that is in the log; call it before the stripes are released, so that whoever reads the rows counts it.
     pub fn wrote(&self) {
-        self.written.fetch_add(1, Ordering::Release);
+        self.written.fetch_add(1, Ordering::SeqCst);
+        self.unsynced.wrote();
     }
 
     /// With `fsync=always`: the number of the write that must be synced before an answer given now may leave; `None` if it may.
     pub fn must_wait(&self) -> Option<u64> {
-        match self.fsync {
+        match self.fsync() {
             Fsync::Always => {
                 let needs = self.written.load(Ordering::Acquire);
                 (needs > self.synced.load(Ordering::Acquire)).then_some(needs)
@@ -63,6 +173,7 @@ impl Durability {
     /// Keeps answers until write number `needs` is synced.
     pub fn hold(&self, needs: u64, answers: Vec<u8>, session: Arc<Shared>) {
         session.one_more_waits(answers.len());
+        self.counted.held_batches.fetch_add(1, Ordering::Relaxed);
         let mut held = self.held.lock();
         match self.ended.get() {
             None => held.push(Held { needs, answers, session }),
@@ -82,18 +193,6 @@ impl Durability {
             held.session.answer_unknown(&held.answers, reason);
         }
     }
-
-    fn is_due(&self) -> bool {
-        let has_round = self.round.lock().is_some();
-        has_round
-            || match self.fsync {
-                Fsync::Always => {
-                    self.written.load(Ordering::Acquire) > self.synced.load(Ordering::Acquire)
-                        || !self.held.lock().is_empty()
-                }
-                Fsync::EverySecond | Fsync::Never => false,
-            }
-    }
 }
 
 /// What a sync came to.
@@ -104,12 +203,40 @@ pub enum Synced {
     Not,
 }
 
+fn place(fsync: Fsync) -> u8 {
+    match fsync {
+        Fsync::EverySecond => 0,
+        Fsync::Always => 1,
+        Fsync::Never => 2,
+    }
+}
+
 impl Shard {
+    /// From now on writes are synced so. With `always`, what was written before is synced when this returns; with the others, answers
+    /// that are held leave with one more sync.
+    pub fn set_fsync(&self, fsync: Fsync, bell: &SyncBell) {
+        if self.durability.fsync.swap(place(fsync), Ordering::AcqRel) == place(fsync) {
+            return;
+        }
+        tracing::info!(shard = %self.key, %fsync, "writes are synced otherwise from now on");
+        match fsync {
+            Fsync::Always => drop(self.sync()),
+            Fsync::EverySecond | Fsync::Never => bell.ring(),
+        }
+    }
+
     /// Syncs the log if it must be and releases the answers that waited for it.
     pub fn sync(&self) -> Synced {
-        let written = self.durability.written.load(Ordering::Acquire);
+        let _turn = self.durability.syncing.lock();
+        self.durability.unsynced.sync_begins();
+        let written = self.durability.written.load(Ordering::SeqCst);
         if !self.is_failed() && written > self.durability.synced.load(Ordering::Acquire) {
+            let begin = Instant::now();
             let synced = if self.is_read_only() { self.database.sync_log_files() } else { self.database.sync_log() };
+            let took = begin.elapsed();
+            metrics::histogram!("vasto_store_sync_seconds").record(took.as_secs_f64());
+            self.durability.counted.syncs.fetch_add(1, Ordering::Relaxed);
+            self.durability.counted.slow_syncs.fetch_add(u64::from(took > SYNC_INTERVAL), Ordering::Relaxed);
             match synced {
                 Ok(()) => drop(self.durability.synced.fetch_max(written, Ordering::AcqRel)),
                 // A write has met an error of the disk this very moment; that one decides what becomes of the shard.
@@ -123,6 +250,7 @@ impl Shard {
             self.durability.end(&self.trouble().map_or(reason.clone(), |trouble| format!("{reason}: {trouble}")));
             return Synced::Not;
         }
+        self.durability.unsynced.sync_succeeded();
         let synced = self.durability.synced.load(Ordering::Acquire);
         let ready: Vec<Held> = self.durability.held.lock().extract_if(.., |held| held.needs <= synced).collect();
         for held in ready {
@@ -207,9 +335,8 @@ impl SyncBell {
             match turn {
                 Turn::Rung => {}
                 Turn::Round => {
-                    core.counters.export(core);
                     for shard in shards.serving() {
-                        shard.durability.round.lock().get_or_insert_with(Instant::now);
+                        shard.durability.round.store(true, Ordering::Release);
                     }
                 }
                 Turn::Stop => return,
@@ -231,13 +358,13 @@ impl Shard {
     fn tend(&self) {
         let durability = &self.durability;
         while durability.is_due() && !durability.at_work.swap(true, Ordering::AcqRel) {
-            let round = durability.round.lock().take();
-            let synced = match durability.fsync {
+            let is_round = durability.round.swap(false, Ordering::AcqRel);
+            let synced = match durability.fsync() {
                 Fsync::Always | Fsync::EverySecond => self.sync(),
+                Fsync::Never if durability.wants_sync() => self.sync(),
                 Fsync::Never => Synced::Done,
             };
-            if let Some(began) = round {
-                metrics::gauge!("vasto_store_sync_lag_seconds").set(began.elapsed().as_secs_f64());
+            if is_round {
                 self.look_after();
             }
             durability.at_work.store(false, Ordering::Release);
@@ -265,6 +392,37 @@ impl Shard {
     fn met(&self, result: Result<(), EngineError>) {
         if let Err(error) = result {
             self.meet(&error);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_lag_is_the_age_of_the_oldest_write_that_no_sync_has_covered() {
+        // A shard that was opened an hour ago.
+        let Some(opened) = Instant::now().checked_sub(Duration::from_secs(3600)) else { return };
+        let unsynced = Unsynced { opened, later_ms: AtomicU64::new(0), under_way_ms: AtomicU64::new(0) };
+        assert_eq!(unsynced.age(), Duration::ZERO);
+        unsynced.later_ms.store(unsynced.now_ms() - 1_800_000, Ordering::SeqCst);
+        unsynced.wrote();
+        assert!(unsynced.age() >= Duration::from_secs(1800), "a later write does not make the first one younger");
+        unsynced.sync_begins();
+        unsynced.wrote();
+        assert!(unsynced.age() >= Duration::from_secs(1800), "a sync under way has covered nothing yet");
+        // It failed, and the next one is for the old writes too.
+        unsynced.sync_begins();
+        assert!(unsynced.age() >= Duration::from_secs(1800));
+        unsynced.sync_succeeded();
+        assert!(unsynced.age() < Duration::from_secs(1800));
+    }
+
+    #[test]
+    fn every_setting_has_its_place() {
+        for fsync in Fsync::ALL {
+            assert_eq!(Durability::new(fsync).fsync(), fsync);
         }
     }
 }

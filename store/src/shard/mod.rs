@@ -19,6 +19,7 @@ pub mod stripes;
 mod tests;
 pub mod view;
 
+use crate::command::census::Kept;
 use crate::config::Fsync;
 use crate::engine::database::Database;
 use crate::engine::{EngineError, meta};
@@ -45,6 +46,7 @@ pub struct Shard {
     pub stamps: Stamps,
     pub durability: Durability,
     pub places: Mutex<Places>,
+    pub census: Kept,
     slots: Box<[u16]>,
     /// One bit per slot.
     owned: Box<[u64; SLOT_COUNT as usize / 64]>,
@@ -81,6 +83,7 @@ impl Shard {
             stamps,
             durability: Durability::new(fsync),
             places: Mutex::default(),
+            census: Kept::default(),
             slots,
             owned,
         })

@@ -18,7 +18,7 @@ use vasto_proto::command::Reply;
 use vasto_proto::command::table::{Command, StoreCommand, find};
 use vasto_proto::id::{Epoch, KeyspaceId, ShardId, ShardKey};
 use vasto_proto::net::LARGE_VALUE_BYTES;
-use vasto_proto::topology::KeyspaceRecord;
+use vasto_proto::topology::{KeyspaceRecord, Settings};
 
 const SHARD: ShardKey = ShardKey { keyspace: KeyspaceId(0), shard: ShardId(0) };
 
@@ -451,6 +451,95 @@ fn what_may_not_run_is_refused_with_its_reason() {
     client.add(1, &[b"get", b"k"]);
     let (answers, _) = client.send();
     assert_eq!(answers[0].0, Outcome::NotServing);
+}
+
+/// Gives a batch to a store and returns how many answers came at once.
+fn send_without_waiting(client: &mut Client, words: &[&[u8]]) -> usize {
+    client.add(1, words);
+    let mut answers = Vec::new();
+    client.session.execute(Bytes::from(std::mem::take(&mut client.batch)), &mut answers);
+    Answers::new(&answers).count()
+}
+
+fn has_late_answers(client: &mut Client) -> bool {
+    client.late.poll_next(&mut std::task::Context::from_waker(Waker::noop())).is_ready()
+}
+
+/// The late answers of everything that was sent, as text.
+fn late_answers(client: &mut Client) -> Vec<String> {
+    let (mut found, deadline) = (BTreeMap::new(), Instant::now() + Duration::from_secs(20));
+    while found.len() < client.sent.len() {
+        assert!(Instant::now() < deadline, "answers are missing");
+        match client.late.poll_next(&mut std::task::Context::from_waker(Waker::noop())) {
+            Poll::Ready(answers) => {
+                let answers = answers.unwrap();
+                found.extend(Answers::new(&answers).map(Result::unwrap).map(|answer| (answer.id, show(answer.body))));
+            }
+            Poll::Pending => std::thread::yield_now(),
+        }
+    }
+    client.sent.clear();
+    found.into_values().collect()
+}
+
+fn alter(handle: &StoreHandle, fsync: Fsync) {
+    let record = handle.records()[0].clone();
+    let settings = record.settings.changed_by(&Settings { fsync: Some(fsync) });
+    handle.put_record(record.with_settings(settings)).unwrap();
+}
+
+#[test]
+fn under_always_an_answer_leaves_only_after_a_sync() {
+    let folder = tempfile::tempdir().unwrap();
+    let handle = open(folder.path(), |config| config.fsync = Fsync::Always);
+    let mut client = Client::new(&handle);
+    let shard = shard(&handle);
+    let before = shard.durability.figures();
+    let disk = shard.durability.stall();
+    assert_eq!(send_without_waiting(&mut client, &[b"set", b"k", b"v"]), 0);
+    // What a reader sees is as durable as what a writer was told.
+    assert_eq!(send_without_waiting(&mut client, &[b"get", b"k"]), 0);
+    assert!(!has_late_answers(&mut client));
+    let stalled = shard.durability.figures();
+    assert_eq!((stalled.syncs, stalled.held_batches_now), (before.syncs, 2));
+    drop(disk);
+    assert_eq!(late_answers(&mut client), ["OK", "v"]);
+    let after = shard.durability.figures();
+    assert!(after.syncs > before.syncs && after.held_batches_now == 0, "{after:?}");
+    // Nothing is written: nothing waits.
+    assert_eq!(send_without_waiting(&mut client, &[b"get", b"k"]), 1);
+}
+
+#[test]
+fn a_change_of_fsync_acts_on_what_is_not_synced_yet_and_outlives_a_restart() {
+    let folder = tempfile::tempdir().unwrap();
+    let handle = open(folder.path(), |config| config.fsync = Fsync::Never);
+    let mut client = Client::new(&handle);
+    assert_eq!(client.call(&[b"set", b"k", b"1"]), "OK");
+    let syncs = |handle: &StoreHandle| shard(handle).durability.figures().syncs;
+    assert_eq!((syncs(&handle), shard(&handle).durability.figures().lag), (0, None));
+    // The write from before is synced when the change is done.
+    alter(&handle, Fsync::Always);
+    assert_eq!(syncs(&handle), 1);
+    assert_eq!(send_without_waiting(&mut client, &[b"get", b"k"]), 1);
+    client.sent.clear();
+    let opened = shard(&handle);
+    let disk = opened.durability.stall();
+    assert_eq!(send_without_waiting(&mut client, &[b"incr", b"k"]), 0);
+    // Away from `always`: new answers leave at once, those that are held with the sync that they wait for.
+    alter(&handle, Fsync::EverySecond);
+    assert!(!has_late_answers(&mut client));
+    let mut other = Client::new(&handle);
+    assert_eq!(send_without_waiting(&mut other, &[b"get", b"k"]), 1);
+    drop(disk);
+    assert_eq!(late_answers(&mut client), ["2"]);
+    let disk = opened.durability.stall();
+    alter(&handle, Fsync::Never);
+    drop(disk);
+    drop((client, other, opened, handle));
+    let handle = open(folder.path(), |config| config.fsync = Fsync::Always);
+    assert_eq!(shard(&handle).durability.fsync(), Fsync::Never, "the record wins over the option");
+    assert_eq!(handle.records()[0].settings.fsync, Some(Fsync::Never));
 }
 
 /// `SET k 2` was under way behind a `SET k 1` that was refused: it must not overtake it.

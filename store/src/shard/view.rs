@@ -2,8 +2,11 @@
 
 use super::Shard;
 use super::context::Failure;
+use super::durability::SyncFigures;
 use super::rows::{Rows, State};
+use crate::command::census::{Kept, Moment};
 use crate::engine::database::RawWalk;
+use std::ops::Range;
 use vasto_proto::batch::Outcome;
 use vasto_proto::row::Header;
 
@@ -31,6 +34,11 @@ impl<'a> ShardView<'a> {
         header.is_alive(self.now_ms) && header.stamp.ns > self.flush_ns
     }
 
+    /// Whether a FLUSHDB killed the row.
+    pub fn is_flushed(&self, header: &Header) -> bool {
+        header.stamp.ns <= self.flush_ns
+    }
+
     /// A cursor over the rows of `keys` in order of their physical keys, dead rows included; not positioned yet.
     pub fn walk(&self) -> Walk<'a> {
         let mut written: Vec<(Vec<u8>, &'a [u8])> = self.rows.written(self.batch).collect();
@@ -53,9 +61,39 @@ impl<'a> ShardView<'a> {
         self.shard.database.disk_bytes()
     }
 
-    /// Bytes of rows on disk, uncompressed estimate of what is alive.
-    pub fn live_bytes(&self) -> u64 {
-        self.shard.database.live_bytes()
+    /// Bytes of files between physical keys; rows that are in memory only have none.
+    pub fn bytes_between(&self, ranges: &[Range<Vec<u8>>]) -> Vec<u64> {
+        self.shard.database.bytes_between(ranges)
+    }
+
+    /// Rows that no file has, what was overwritten included.
+    pub fn memory_rows(&self) -> u64 {
+        self.shard.database.memory_rows()
+    }
+
+    /// Puts into files what only memory has; an estimate can do without, so an error is left to those who write.
+    pub fn write_out(&self) {
+        if let Err(error) = self.shard.database.flush() {
+            tracing::debug!(shard = %self.shard.key, %error, "cannot write out the memtables for an estimate");
+        }
+    }
+
+    /// What a count of the rows depends on.
+    pub fn moment(&self) -> Moment {
+        Moment { sequence: self.shard.database.sequence(), flush_ns: self.flush_ns }
+    }
+
+    /// Whether the batch has written rows that nobody else sees yet.
+    pub fn has_own_writes(&self) -> bool {
+        self.rows.written(self.batch).next().is_some()
+    }
+
+    pub fn kept_census(&self) -> &'a Kept {
+        &self.shard.census
+    }
+
+    pub fn durability(&self) -> SyncFigures {
+        self.shard.durability.figures()
     }
 
     /// Expired rows that compactions have met since the shard was opened.

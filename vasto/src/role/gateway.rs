@@ -23,10 +23,14 @@ async fn serve(options: GatewayOptions, open_files_limit: usize) -> anyhow::Resu
     let stop = Stop::on_signals()?;
     let metrics = Metrics::serve(&options.process)?;
     let maxclients = open_files::fitting_maxclients(options.clients.maxclients, 0, open_files_limit);
-    let config = super::gateway_config(&options.listen, &options.clients, maxclients);
+    let masters = options.master.masters;
+    let config = vasto_gateway::Config {
+        masters: masters.clone(),
+        ..super::gateway_config(&options.listen, &options.clients, maxclients)
+    };
 
     let (tasks, following) = (TaskTracker::new(), CancellationToken::new());
-    let topology = follow(options.master.masters, &tasks, following.clone());
+    let topology = follow(masters, &tasks, following.clone());
     let gateway = Gateway::bind(config, Arc::new(GrpcConnector), topology.clone()).await?;
     let line = ReadyLine::new("gateway")
         .with_all("redis", gateway.addresses())

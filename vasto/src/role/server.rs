@@ -83,11 +83,12 @@ async fn serve_stores(
         let session = registration::run(handle.clone(), masters.clone(), IN_PROCESS.to_owned(), control.clone());
         tasks.spawn(session);
     }
-    let topology = follow(masters, tasks, control.clone());
+    let topology = follow(masters.clone(), tasks, control.clone());
 
     let data_files = usize::from(options.storage.max_open_files) * usize::from(shard_count);
     let maxclients = open_files::fitting_maxclients(options.clients.maxclients, data_files, open_files_limit);
     let config = vasto_gateway::Config {
+        masters: masters.clone(),
         data_directory: Some(std::path::absolute(&options.data)?.display().to_string()),
         ..super::gateway_config(&options.listen, &options.clients, maxclients)
     };

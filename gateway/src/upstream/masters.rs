@@ -1,0 +1,134 @@
+//! Asks the master to change keyspaces, on behalf of a client that waits for the answer.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tonic::Code;
+use vasto_proto::command::ReplyWriter;
+use vasto_proto::error::{self, CommandError};
+use vasto_proto::id::{Epoch, KeyspaceId};
+use vasto_proto::pb::master_client::MasterClient;
+use vasto_proto::topology::{KeyspaceRecord, Settings, Snapshot};
+use vasto_proto::{PROTOCOL_VERSION, net, pb};
+
+/// The master answers within 5 s, whatever the stores do; one that takes longer hangs.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(8);
+/// How long an answer waits for the topology that came with it: it was sent before.
+const TOPOLOGY_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// What is to be changed in a keyspace.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Alteration {
+    pub name: String,
+    pub changes: Settings,
+}
+
+/// The way to the masters.
+#[derive(Debug)]
+pub struct Masters {
+    addresses: Vec<String>,
+    topology: watch::Receiver<Arc<Snapshot>>,
+}
+
+/// Why there is no answer.
+enum Failure {
+    /// Nobody has heard of it; another address may.
+    NotSent(String),
+    Refused(String),
+    /// It was sent.
+    Lost(String),
+}
+
+impl Masters {
+    pub fn new(addresses: Vec<String>, topology: watch::Receiver<Arc<Snapshot>>) -> Self {
+        Self { addresses, topology }
+    }
+
+    /// Asks the first master that can be reached, and returns the packed reply: OK when the change holds and this gateway knows it.
+    pub async fn alter(&self, alteration: Alteration) -> Vec<u8> {
+        let mut reply = Vec::new();
+        match self.try_alter(&alteration).await {
+            Ok(record) => {
+                self.wait_for(record.id, record.epoch).await;
+                ReplyWriter::new(&mut reply).ok();
+            }
+            Err(error) => ReplyWriter::new(&mut reply).error(error.text()),
+        }
+        reply
+    }
+
+    /// The newest snapshot of the cluster.
+    pub fn latest(&self) -> Arc<Snapshot> {
+        Arc::clone(&self.topology.borrow())
+    }
+
+    async fn try_alter(&self, alteration: &Alteration) -> Result<KeyspaceRecord, CommandError> {
+        let mut reason = "this gateway has no address of one".to_owned();
+        for master in &self.addresses {
+            match ask(master, alteration).await {
+                Ok(record) => return Ok(record),
+                Err(Failure::NotSent(text)) => reason = text,
+                Err(Failure::Refused(text)) => return Err(one_line(&format!("ERR {text}"))),
+                Err(Failure::Lost(text)) => return Err(one_line(&format!("{} ({text})", error::MASTER_LOST.text()))),
+            }
+        }
+        Err(one_line(&format!("{} ({reason})", error::NO_MASTER.text())))
+    }
+
+    async fn wait_for(&self, keyspace: KeyspaceId, epoch: Epoch) {
+        let mut topology = self.topology.clone();
+        let knows = |snapshot: &Arc<Snapshot>| snapshot.keyspace(keyspace).is_some_and(|record| record.epoch >= epoch);
+        // In vain: the change holds all the same, and the topology comes when it comes.
+        let _ = tokio::time::timeout(TOPOLOGY_TIMEOUT, topology.wait_for(knows)).await;
+    }
+}
+
+async fn ask(master: &str, alteration: &Alteration) -> Result<KeyspaceRecord, Failure> {
+    let endpoint = net::endpoint(master).map_err(|error| Failure::NotSent(error.to_string()))?;
+    let channel = endpoint.connect().await.map_err(|error| Failure::NotSent(error.to_string()))?;
+    let request = pb::AlterKeyspaceRequest {
+        protocol_version: PROTOCOL_VERSION,
+        name: alteration.name.clone(),
+        settings: Some((&alteration.changes).into()),
+        // A setting is set, whatever it was: who comes last wins.
+        expected_epoch: 0,
+    };
+    let mut client = MasterClient::new(channel);
+    let answer = tokio::time::timeout(ANSWER_TIMEOUT, client.alter_keyspace(request)).await;
+    let answer = answer.map_err(|_| Failure::Lost("the master does not answer".to_owned()))?;
+    let response = answer.map_err(|status| match status.code() {
+        Code::FailedPrecondition | Code::InvalidArgument => Failure::Refused(status.message().to_owned()),
+        Code::Unimplemented => Failure::Refused("the master runs an older version; nothing was changed".to_owned()),
+        _ => Failure::Lost(status.message().to_owned()),
+    })?;
+    let record = response.into_inner().record.map(KeyspaceRecord::try_from);
+    match record {
+        Some(Ok(record)) => Ok(record),
+        Some(Err(error)) => Err(Failure::Lost(error.to_string())),
+        None => Err(Failure::Lost("the answer has no record".to_owned())),
+    }
+}
+
+fn one_line(text: &str) -> CommandError {
+    error::single_line(text).into_owned().into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vasto_proto::command::Reply;
+
+    #[tokio::test]
+    async fn without_a_master_the_answer_says_so() {
+        let (_sender, topology) = watch::channel(Arc::new(Snapshot::default()));
+        let alteration = Alteration { name: "0".to_owned(), changes: Settings::default() };
+        for (addresses, ending) in [(vec![], "(this gateway has no address of one)"), (vec!["127.0.0.1:1"], "error)")] {
+            let addresses = addresses.into_iter().map(str::to_owned).collect();
+            let reply = Masters::new(addresses, topology.clone()).alter(alteration.clone()).await;
+            let Some(Reply::Error(text)) = Reply::take(&mut reply.as_slice()) else { panic!("{reply:?}") };
+            let text = String::from_utf8_lossy(text);
+            assert!(text.starts_with(error::NO_MASTER.text()) && text.ends_with(ending), "{text}");
+        }
+    }
+}
