@@ -195,6 +195,11 @@ impl Database {
         )?)
     }
 
+    /// Writes the memtables of `keys` out.
+    pub fn write_out_memtables(&self) -> Result<(), EngineError> {
+        Ok(self.db.flush_cf(self.family(KEYS))?)
+    }
+
     /// Rewrites all files, dropping what may be dropped.
     pub fn compact(&self) {
         self.db.compact_range_cf_opt(self.family(KEYS), None::<&[u8]>, None::<&[u8]>, &compact_all_options());

@@ -11,7 +11,7 @@ use bytes::Bytes;
 use parking_lot::{Condvar, Mutex};
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use vasto_proto::batch::Operations;
 use vasto_proto::command::Args;
 use vasto_proto::command::table::StoreCommand;
@@ -61,6 +61,8 @@ enum Job {
     Turn(Arc<Shared>, LaneKey),
     /// Takes the space of dead rows back.
     Compact(Arc<Shard>),
+    /// Takes memory of memtables back.
+    WriteOut,
 }
 
 /// The threads of the lane, and what they have to do.
@@ -69,6 +71,8 @@ pub struct LanePool {
     state: Mutex<PoolState>,
     available: Condvar,
     depth: AtomicU64,
+    /// A [`Job::WriteOut`] waits or runs: one at a time.
+    writes_out: AtomicBool,
 }
 
 #[derive(Default)]
@@ -84,6 +88,13 @@ impl LanePool {
 
     pub fn schedule_compaction(&self, shard: Arc<Shard>) {
         self.push(Job::Compact(shard));
+    }
+
+    /// Has memtables written out.
+    pub fn schedule_write_out(&self) {
+        if !self.writes_out.swap(true, Ordering::AcqRel) {
+            self.push(Job::WriteOut);
+        }
     }
 
     fn push(&self, job: Job) {
@@ -111,7 +122,7 @@ impl LanePool {
                 loop {
                     match state.jobs.pop_front() {
                         // It can be done after the next start.
-                        Some(Job::Compact(_)) if state.stopped => {}
+                        Some(Job::Compact(_) | Job::WriteOut) if state.stopped => {}
                         Some(job) => break job,
                         None if state.stopped => return,
                         None => core.pool.available.wait(&mut state),
@@ -121,6 +132,10 @@ impl LanePool {
             match job {
                 Job::Turn(session, lane) => worker.turn(core, &session, lane),
                 Job::Compact(shard) => shard.database.compact(),
+                Job::WriteOut => {
+                    write_out(core);
+                    core.pool.writes_out.store(false, Ordering::Release);
+                }
             }
         }
     }
@@ -161,6 +176,25 @@ impl Worker {
         }
         if !session.parks(lane) {
             core.pool.schedule(Arc::clone(session), lane);
+        }
+    }
+}
+
+/// Writes memtables out, the largest first, until all together take no more memory than they may.
+fn write_out(core: &Core) {
+    let map = core.shards.current();
+    // Their own sizes count, since the memory of what was written out is given back somewhat later.
+    let bytes = || map.serving().map(|shard| shard.database.memtable_bytes()).sum::<u64>();
+    while bytes() > core.engine.write_buffer_bytes() && !core.pool.state.lock().stopped {
+        let Some(shard) = map.serving().max_by_key(|shard| shard.database.memtable_bytes()) else { return };
+        let before = shard.database.memtable_bytes();
+        if let Err(error) = shard.database.write_out_memtables() {
+            tracing::warn!(shard = %shard.key, %error, "cannot write memtables out; they take more memory than they may");
+            return;
+        }
+        // Empty ones take memory too; and what is written meanwhile asks again.
+        if shard.database.memtable_bytes() >= before {
+            return;
         }
     }
 }
