@@ -11,6 +11,7 @@
 #   VARIANTS="redis redis-everysec nutcracker-3 vasto vasto-1 vasto-3"
 #   LOADGEN=vasto | redis-benchmark
 #   OUTPUT=target/bench/side-by-side.jsonl
+#   BASELINE=path/to/vasto        another binary, an older one, as further variants: base, base-1, base-3
 #   VASTO=target/release/vasto    the binary to measure; VASTO_BENCH: the binary that generates the load, if another
 #   VASTO_SERVER_ARGS, VASTO_MASTER_ARGS, VASTO_STORE_ARGS, VASTO_GATEWAY_ARGS: more options for these roles
 set -eu

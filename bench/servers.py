@@ -17,6 +17,8 @@ REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 VASTO = os.path.abspath(os.environ.get("VASTO") or os.path.join(REPOSITORY, "target", "release", "vasto"))
 # What generates the load: a binary that knows `bench`.
 VASTO_BENCH = os.path.abspath(os.environ.get("VASTO_BENCH") or VASTO)
+# Another binary, to be measured beside the first in the same run.
+BASELINE = os.path.abspath(os.environ["BASELINE"]) if os.environ.get("BASELINE") else None
 
 START_TIMEOUT_SECONDS = 60
 STOP_TIMEOUT_SECONDS = 20
@@ -83,6 +85,11 @@ class Server:
             fields = stat.read().rpartition(")")[2].split()
         return sum(int(field) for field in fields[11:15]) / TICKS_PER_SECOND
 
+    def io_bytes(self, field):
+        """A field of /proc/PID/io: `read_bytes` came from a disk, `rchar` was asked for and may come from the page cache."""
+        with open(f"/proc/{self.pid}/io") as io:
+            return int(re.search(rf"^{field}: (\d+)$", io.read(), re.MULTILINE).group(1))
+
     def status_kib(self, field):
         """A field of /proc/PID/status such as VmRSS or VmHWM, in KiB."""
         with open(f"/proc/{self.pid}/status") as status:
@@ -115,9 +122,10 @@ signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
 
 class Cluster:
-    """The processes of one variant; `address` is where clients connect."""
+    """The processes of one variant; `address` is where clients connect, `vasto` the binary that its own processes run."""
 
     def __init__(self):
+        self.vasto = VASTO
         self.folder = tempfile.mkdtemp(prefix="vasto-bench-")
         self.servers = []
         self.address = None
@@ -147,17 +155,17 @@ class Cluster:
         return server, f"127.0.0.1:{port}"
 
     def start_master(self, shards):
-        command = [VASTO, "master", "--listen", "127.0.0.1:0", "--bootstrap-shards", str(shards)]
+        command = [self.vasto, "master", "--listen", "127.0.0.1:0", "--bootstrap-shards", str(shards)]
         master = self.start("master", command + words_from_environment("VASTO_MASTER_ARGS"))
         return master.address("grpc")
 
     def start_store(self, name, master):
-        command = [VASTO, "store", "--master", master, "--listen", "127.0.0.1:0"]
+        command = [self.vasto, "store", "--master", master, "--listen", "127.0.0.1:0"]
         command += ["--data", self.data_folder(name)]
         return self.start(name, command + words_from_environment("VASTO_STORE_ARGS"))
 
     def start_gateway(self, master):
-        command = [VASTO, "gateway", "--master", master, "--listen", "127.0.0.1:0"]
+        command = [self.vasto, "gateway", "--master", master, "--listen", "127.0.0.1:0"]
         gateway = self.start("gateway", command + words_from_environment("VASTO_GATEWAY_ARGS"))
         self.address = gateway.address("redis")
         return gateway
@@ -260,7 +268,7 @@ def nutcracker_of_three(cluster):
 
 
 def vasto_in_one_process(cluster):
-    command = [VASTO, "server", "--listen", "127.0.0.1:0", "--data", cluster.data_folder("data")]
+    command = [cluster.vasto, "server", "--listen", "127.0.0.1:0", "--data", cluster.data_folder("data")]
     server = cluster.start("server", command + words_from_environment("VASTO_SERVER_ARGS"))
     cluster.address = server.address("redis")
 
@@ -272,6 +280,14 @@ def vasto_with_stores(cluster, count):
     cluster.start_gateway(master)
 
 
+def by_baseline(start):
+    def start_by_baseline(cluster):
+        cluster.vasto = BASELINE
+        start(cluster)
+
+    return start_by_baseline
+
+
 # Name -> (what it is, how to start it).
 VARIANTS = {
     "redis": ("redis-server, no persistence", redis_alone),
@@ -280,6 +296,11 @@ VARIANTS = {
     "vasto": ("vasto, one process", vasto_in_one_process),
     "vasto-1": ("vasto gateway + 1 store", lambda cluster: vasto_with_stores(cluster, 1)),
     "vasto-3": ("vasto gateway + 3 stores", lambda cluster: vasto_with_stores(cluster, 3)),
+}
+# Variant -> the same variant by the binary BASELINE.
+BASELINE_VARIANTS = {name: name.replace("vasto", "base") for name in VARIANTS if BASELINE and name.startswith("vasto")}
+VARIANTS |= {
+    base: (f"{VARIANTS[name][0]} (baseline)", by_baseline(VARIANTS[name][1])) for name, base in BASELINE_VARIANTS.items()
 }
 
 
@@ -319,5 +340,6 @@ def machine():
         "redis": version_of("redis-server", "--version"),
         "nutcracker": version_of("nutcracker", "--version"),
         "vasto": version_of(VASTO, "--version"),
+        "baseline": BASELINE and version_of(BASELINE, "--version"),
         "time": time.strftime("%Y-%m-%d %H:%M:%S %z"),
     }

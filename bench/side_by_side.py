@@ -63,15 +63,18 @@ def run_json(command):
     return done.stdout
 
 
-def bench(options, address, size, pipeline, *arguments):
+def run_bench(address, *arguments):
     """One run of `vasto bench`: the figures of its measured phase."""
-    command = [servers.VASTO_BENCH, "bench", "--addr", address, "--json", "--seed", "1"]
-    command += ["--clients", str(options.clients), "--pipeline", str(pipeline)]
-    command += ["--keys", str(options.keys), "--value-size", str(size), *arguments]
+    command = [servers.VASTO_BENCH, "bench", "--addr", address, "--json", *arguments]
     phase = json.loads(run_json(command))["phases"][-1]
     if phase["errors"] or phase["lost_connections"]:
         print(f"  errors: {phase['errors']} {phase['lost_connections']}", file=sys.stderr)
     return phase
+
+
+def bench(options, address, size, pipeline, *arguments):
+    load = ["--clients", str(options.clients), "--pipeline", str(pipeline), "--seed", "1"]
+    return run_bench(address, *load, "--keys", str(options.keys), "--value-size", str(size), *arguments)
 
 
 def measure_by_vasto(options, address, operation, size, pipeline):
@@ -159,13 +162,13 @@ class Table:
     def place(row):
         return row["variant"], row["operation"], row["value_bytes"], row["pipeline"]
 
-    def ratio(self, variant, operation, size, pipeline):
-        """The median of the ratios to the base in the same round."""
-        base = {row["round"]: row["ops_per_second"] for row in self.cell(BASE, operation, size, pipeline)}
+    def ratio(self, variant, operation, size, pipeline, base=BASE, field="ops_per_second"):
+        """The median of the ratios to another variant in the same round."""
+        others = {row["round"]: row[field] for row in self.cell(base, operation, size, pipeline)}
         ratios = [
-            row["ops_per_second"] / base[row["round"]]
+            row[field] / others[row["round"]]
             for row in self.cell(variant, operation, size, pipeline)
-            if row["round"] in base
+            if others.get(row["round"])
         ]
         return statistics.median(ratios) if ratios else None
 
@@ -211,6 +214,28 @@ def print_report(options, table):
                     ]))
 
 
+def print_against_baseline(options, table):
+    """What changed from the binary BASELINE to this one, in the same rounds."""
+    pairs = [(variant, base) for variant, base in servers.BASELINE_VARIANTS.items()]
+    pairs = [pair for pair in pairs if all(name in options.variants for name in pair)]
+    if not pairs:
+        return
+    print("\n### This binary against the baseline: operations per second / server CPU per operation\n")
+    columns = [(operation, pipeline) for operation in OPERATIONS for pipeline in options.pipelines]
+    print(line(["", "bytes", *[f"{operation} P={pipeline}" for operation, pipeline in columns]]))
+    print(line(["---", *["---:"] * (len(columns) + 1)]))
+    for variant, base in pairs:
+        for size in options.sizes:
+            cells = [servers.VARIANTS[variant][0], size]
+            for operation, pipeline in columns:
+                ratios = [
+                    table.ratio(variant, operation, size, pipeline, base, field)
+                    for field in ("ops_per_second", "server_cpu_seconds_per_million")
+                ]
+                cells.append(" / ".join(f"{number(ratio, 2)}x" for ratio in ratios))
+            print(line(cells))
+
+
 def main():
     options = Options()
     machine = servers.machine()
@@ -239,15 +264,16 @@ def main():
                         output.flush()
     print("## Side by side\n")
     print(f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, {machine['kernel']}, {machine['time']}")
-    for name in ("redis", "nutcracker", "vasto"):
+    for name in ("redis", "nutcracker", "vasto", "baseline"):
         if machine[name]:
-            print(f"- {machine[name]}")
+            print(f"- {machine[name]}" + (f" (baseline, {servers.BASELINE})" if name == "baseline" else ""))
     print(
         f"\n{options.keys} keys, {options.clients} clients, medians of {options.rounds} rounds, load by "
         f"{'vasto bench' if options.generator == 'vasto' else 'redis-benchmark'} on the same cores; "
         "server CPU is user and system time of all its processes until they are quiet again."
     )
     print_report(options, table)
+    print_against_baseline(options, table)
     print(f"\nAll rows: {options.output}")
     if failed:
         print(f"Failed at least once: {', '.join(sorted(failed))} (see the error output)")

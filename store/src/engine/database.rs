@@ -274,6 +274,11 @@ impl Database {
         )?)
     }
 
+    /// Writes the memtables of `keys` out.
+    pub fn write_out_memtables(&self) -> Result<(), EngineError> {
+        Ok(self.db.flush_cf(self.family(KEYS))?)
+    }
+
     /// Copies the database as it is now into a folder that does not exist yet; tables become hard links.
     pub fn checkpoint(&self, path: &Path) -> Result<(), EngineError> {
         Ok(Checkpoint::new(&self.db)?.create_checkpoint(path)?)

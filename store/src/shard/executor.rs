@@ -335,6 +335,9 @@ impl Executor {
         match self.commit(shard, batch, place) {
             Ok(()) => {
                 self.refresh_cache(shard, batch, &mut guards);
+                if core.engine.has_too_many_memtables() {
+                    core.pool.schedule_write_out();
+                }
                 if self.rows.flush.is_some() && shard.database.disk_bytes() > FLUSHED_BYTES_KEPT {
                     core.pool.schedule_compaction(Arc::clone(&group.shard));
                 }

@@ -11,7 +11,7 @@ use bytes::Bytes;
 use parking_lot::{Condvar, Mutex};
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use vasto_proto::batch::Operations;
 use vasto_proto::command::Args;
 use vasto_proto::command::table::StoreCommand;
@@ -63,6 +63,8 @@ enum Job {
     Compact(Arc<Shard>),
     /// Makes the backup of this name, which was begun.
     Backup(String),
+    /// Takes memory of memtables back.
+    WriteOut,
 }
 
 /// The threads of the lane, and what they have to do.
@@ -71,6 +73,8 @@ pub struct LanePool {
     state: Mutex<PoolState>,
     available: Condvar,
     depth: AtomicU64,
+    /// A [`Job::WriteOut`] waits or runs: one at a time.
+    writes_out: AtomicBool,
 }
 
 #[derive(Default)]
@@ -90,6 +94,13 @@ impl LanePool {
 
     pub fn schedule_backup(&self, name: String) {
         self.push(Job::Backup(name));
+    }
+
+    /// Has memtables written out.
+    pub fn schedule_write_out(&self) {
+        if !self.writes_out.swap(true, Ordering::AcqRel) {
+            self.push(Job::WriteOut);
+        }
     }
 
     fn push(&self, job: Job) {
@@ -117,7 +128,7 @@ impl LanePool {
                 loop {
                     match state.jobs.pop_front() {
                         // It can be done after the next start.
-                        Some(Job::Compact(_) | Job::Backup(_)) if state.stopped => {}
+                        Some(Job::Compact(_) | Job::Backup(_) | Job::WriteOut) if state.stopped => {}
                         Some(job) => break job,
                         None if state.stopped => return,
                         None => core.pool.available.wait(&mut state),
@@ -131,6 +142,10 @@ impl LanePool {
                 Job::Compact(shard) => shard.database.compact(),
                 // How it ended is in the status and in the log.
                 Job::Backup(name) => drop(core.backups.run(&core.shards.current(), &name)),
+                Job::WriteOut => {
+                    write_out(core);
+                    core.pool.writes_out.store(false, Ordering::Release);
+                }
             }
         }
     }
@@ -171,6 +186,25 @@ impl Worker {
         }
         if !session.parks(lane) {
             core.pool.schedule(Arc::clone(session), lane);
+        }
+    }
+}
+
+/// Writes memtables out, the largest first, until all together take no more memory than they may.
+fn write_out(core: &Core) {
+    let map = core.shards.current();
+    // Their own sizes count, since the memory of what was written out is given back somewhat later.
+    let bytes = || map.serving().map(|shard| shard.database.memtable_bytes()).sum::<u64>();
+    while bytes() > core.engine.write_buffer_bytes() && !core.pool.state.lock().stopped {
+        let Some(shard) = map.serving().max_by_key(|shard| shard.database.memtable_bytes()) else { return };
+        let before = shard.database.memtable_bytes();
+        if let Err(error) = shard.database.write_out_memtables() {
+            tracing::warn!(shard = %shard.key, %error, "cannot write memtables out; they take more memory than they may");
+            return;
+        }
+        // Empty ones take memory too; and what is written meanwhile asks again.
+        if shard.database.memtable_bytes() >= before {
+            return;
         }
     }
 }

@@ -18,6 +18,7 @@ use vasto_proto::command::Reply;
 use vasto_proto::command::table::{Command, StoreCommand, find};
 use vasto_proto::id::{Epoch, KeyspaceId, ShardId, ShardKey};
 use vasto_proto::net::LARGE_VALUE_BYTES;
+use vasto_proto::slot::{SlotTable, slot_of};
 use vasto_proto::topology::{KeyspaceRecord, Settings};
 
 const SHARD: ShardKey = ShardKey { keyspace: KeyspaceId(0), shard: ShardId(0) };
@@ -56,10 +57,18 @@ impl Client {
         self.add_with(connection, words, FLAG_LARGE_PERMIT, Epoch(1));
     }
 
+    fn add_to(&mut self, shard: ShardId, words: &[&[u8]]) {
+        self.add_head(ShardKey { shard, ..SHARD }, 1, words, 0, Epoch(1));
+    }
+
     fn add_with(&mut self, connection: u32, words: &[&[u8]], flags: u32, epoch: Epoch) {
+        self.add_head(SHARD, connection, words, flags, epoch);
+    }
+
+    fn add_head(&mut self, target: ShardKey, connection: u32, words: &[&[u8]], flags: u32, epoch: Epoch) {
         let Some(Command::Store(command)) = find(words[0]) else { panic!("{words:?} is no command of the store") };
         self.next_id += 1;
-        let head = OperationHead { id: self.next_id, connection, target: SHARD, epoch, command: command.code(), flags };
+        let head = OperationHead { id: self.next_id, connection, target, epoch, command: command.code(), flags };
         write_operation(&mut self.batch, &head, words[1..].iter().copied());
         self.sent.push(self.next_id);
     }
@@ -561,6 +570,40 @@ fn what_is_behind_a_refusal_is_refused_until_the_gateway_knows() {
     let (answers, _) = client.send();
     assert!(answers.iter().all(|answer| answer.0 == Outcome::Reply), "{answers:?}");
     assert_eq!(client.call(&[b"get", b"k"]), "2");
+}
+
+/// Each shard lets memtables gather before it writes them out; together they must not take more memory than they may.
+#[test]
+fn memtables_of_many_shards_keep_to_their_memory() {
+    const SHARDS: u16 = 6;
+    const BUDGET_BYTES: usize = 32 << 20;
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = Config { data: folder.path().to_owned(), lane_threads: 3, ..Config::default() };
+    config.memory.write_buffer_bytes = BUDGET_BYTES;
+    let handle = Store::open(config).unwrap().handle();
+    let primaries = vec![handle.id(); usize::from(SHARDS)];
+    handle.put_record(KeyspaceRecord::new(KeyspaceId(0), "0", &primaries).unwrap()).unwrap();
+    let table = SlotTable::new(SHARDS);
+    let mut client = Client::new(&handle);
+    let value = vec![b'x'; 100 << 10];
+    let mut largest_bytes = 0;
+    // Half of what a shard would write out by itself, one shard after the other.
+    for shard in (0..SHARDS).map(ShardId) {
+        let keys =
+            (0..).map(|number: u32| number.to_string()).filter(|key| table.shard(slot_of(key.as_bytes())) == shard);
+        for key in keys.take(170) {
+            client.add_to(shard, &[b"set", key.as_bytes(), &value]);
+            assert_eq!(client.send().0[0].1, "OK");
+        }
+        largest_bytes = largest_bytes.max(handle.core().engine.memtable_bytes());
+    }
+    let deadline = Instant::now() + Duration::from_secs(20);
+    // Families that hold little take some beside it.
+    while handle.core().engine.memtable_bytes() > BUDGET_BYTES * 3 / 2 {
+        assert!(Instant::now() < deadline, "{} bytes stay", handle.core().engine.memtable_bytes());
+        std::thread::yield_now();
+    }
+    assert!(largest_bytes < 3 * BUDGET_BYTES, "{largest_bytes} bytes");
 }
 
 #[test]
