@@ -29,8 +29,9 @@ use vasto_proto::id::{ClusterId, KeyspaceId, ShardKey, StoreId};
 use vasto_proto::pb;
 use vasto_proto::topology::{Fsync, KeyspaceRecord};
 
-/// The layout of the data folder that this code reads and writes.
-pub const FORMAT_VERSION: u32 = 1;
+/// The layout of the data folder that this code reads and writes. Version 2: rows may carry when they were written. It is raised here
+/// too, so that an older program does not open a single shard.
+pub const FORMAT_VERSION: u32 = 2;
 
 /// Why a store does not start.
 #[derive(Debug, Error)]
@@ -467,7 +468,7 @@ impl Identity {
         let store = u32::from_str_radix(field("store")?, 16).map_err(|_| damaged("store is no number"))?;
         let cluster = u64::from_str_radix(field("cluster")?, 16).map_err(|_| damaged("cluster is no number"))?;
         let identity = Self { store: StoreId(store), cluster: ClusterId(cluster) };
-        if sum.is_none() {
+        if sum.is_none() || format < FORMAT_VERSION {
             // Written before there were checksums: a flipped bit is found from now on.
             identity.save(folder).map_err(|source| OpenError::Io { path, source })?;
         }

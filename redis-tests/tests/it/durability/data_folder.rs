@@ -87,11 +87,11 @@ fn a_folder_of_a_newer_format_is_refused_and_left_as_it_was() {
     server.node.kill_9();
     let identity = server.data().join("store-1/identity");
     let own = fs::read_to_string(&identity).unwrap();
-    assert!(own.contains("format=1\n"), "{own}");
+    assert!(own.contains("format=2\n"), "{own}");
     // As a later version might write it: what it adds is not for this one to judge.
-    fs::write(&identity, "format=2\nflavour=new\n").unwrap();
+    fs::write(&identity, "format=3\nflavour=new\n").unwrap();
     let before = contents(server.data());
-    let words = ["store-1", "format version 2", "this program knows 1"];
+    let words = ["store-1", "format version 3", "this program knows 2"];
     refused(&["server", "--listen", &free_address(), "--data", &data], &words);
     let store = server.data().join("store-1").to_str().unwrap().to_owned();
     refused(&["store", "--master", &free_address(), "--data", &store], &words);
@@ -109,7 +109,7 @@ fn an_older_identity_is_read_and_written_anew() {
     assert!(server.node.terminate().success());
     let identity = server.data().join("store-1/identity");
     let own = fs::read_to_string(&identity).unwrap();
-    let older: String = own.lines().take(3).map(|line| format!("{line}\n")).collect();
+    let older: String = own.lines().take(3).map(|line| format!("{}\n", line.replace("format=2", "format=1"))).collect();
     assert_ne!(own, older);
     fs::write(&identity, older).unwrap();
     server.node.start_again();
