@@ -41,7 +41,7 @@ flags! {
     /// Walks many rows: always runs in the store's blocking lane.
     WALKS = 18, "";
     /// Its line may end in `EVENTTIME unix-ns`, two words that its arity and its keys do not count.
-    EVENT_TIME = 19, "";
+    EVENT_TIME = 20, "";
 }
 
 impl Flags {

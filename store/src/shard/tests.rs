@@ -705,7 +705,7 @@ fn a_shard_of_an_older_format_is_raised_and_of_a_newer_one_refused() {
     let (answers, _) = client.send();
     let path = folder.path().join("shards/0-0");
     let reason = format!(
-        "shard 0/0 cannot be opened: the shard in {} has format version {}; this program knows {} and older",
+        "shard 0/0 is not open: {0} cannot be opened: the shard in {0} has format version {1}; this program knows {2} and older",
         path.display(),
         meta::FORMAT_VERSION + 1,
         meta::FORMAT_VERSION
@@ -740,9 +740,9 @@ fn a_folder_is_used_by_one_process_and_keeps_its_identity() {
     std::fs::write(&file, content).unwrap();
     let damaged = Store::open(Config { data: folder.path().to_owned(), ..Config::default() });
     assert!(matches!(damaged.err(), Some(crate::OpenError::Damaged { .. })));
-    std::fs::write(folder.path().join("identity"), "format=2\nstore=1\ncluster=0\n").unwrap();
+    std::fs::write(folder.path().join("identity"), "format=3\nstore=1\ncluster=0\n").unwrap();
     let newer = Store::open(Config { data: folder.path().to_owned(), ..Config::default() });
-    assert!(matches!(newer.err(), Some(crate::OpenError::NewerFormat { found: 2, .. })));
+    assert!(matches!(newer.err(), Some(crate::OpenError::NewerFormat { found: 3, .. })));
 }
 
 #[test]
