@@ -38,14 +38,17 @@ pub struct Engine {
 /// A memtable is a skip list: while it is small, most of what an insert looks at is in the CPU's cache. With 8 MiB a SET costs
 /// about a sixth more on its own thread, with 16 a quarter.
 const WRITE_BUFFER_BYTES: usize = 4 << 20;
-/// Memtables that become one file together: few files of 32 MiB instead of many make compaction rewrite less, and reads pass
-/// fewer of them.
-const WRITE_BUFFERS_MERGED: i32 = 8;
+/// Memtables that become one file together at most: few files of 32 MiB instead of many make compaction rewrite less, and
+/// reads pass fewer of them. With less memory for memtables fewer gather.
+const WRITE_BUFFERS_MERGED_MAX: usize = 8;
+/// Part of that memory in which one shard's memtables may gather.
+const GATHERING_SHARE: usize = 8;
 /// Of column families that hold little: `meta`, and `elements` until there are collections.
 const SMALL_WRITE_BUFFER_BYTES: usize = 1 << 20;
-/// A flush takes all full memtables that there are, so a slow one is followed by a larger one: on a busy machine writes stalled
-/// with three rounds of memtables in all.
-const WRITE_BUFFERS_MAX: i32 = 6 * WRITE_BUFFERS_MERGED;
+/// Memtables of a shard, full ones included, at which writes wait, if there is memory for so many. A flush takes all full ones that
+/// there are, so a slow one is followed by a larger one: on a busy machine writes stalled with half of these.
+const WRITE_BUFFERS_MAX: usize = 48;
+const WRITE_BUFFERS_MIN: usize = 6;
 /// Files of level 0 that start a compaction: each one rewrites what they overlap, so it should be worth it; reads pass more
 /// files by their filters in return.
 const LEVEL_0_FILES: i32 = 8;
@@ -115,8 +118,10 @@ impl Engine {
         keys_options.set_level_zero_stop_writes_trigger(6 * LEVEL_0_FILES);
         keys_options.set_level_compaction_dynamic_level_bytes(true);
         keys_options.set_write_buffer_size(WRITE_BUFFER_BYTES);
-        keys_options.set_max_write_buffer_number(WRITE_BUFFERS_MAX);
-        keys_options.set_min_write_buffer_number_to_merge(WRITE_BUFFERS_MERGED);
+        let write_buffers_max = config.memory.write_buffer_bytes / 4 * 3 / WRITE_BUFFER_BYTES;
+        keys_options.set_max_write_buffer_number(write_buffers_max.clamp(WRITE_BUFFERS_MIN, WRITE_BUFFERS_MAX) as i32);
+        let merged = config.memory.write_buffer_bytes / GATHERING_SHARE / WRITE_BUFFER_BYTES;
+        keys_options.set_min_write_buffer_number_to_merge(merged.clamp(1, WRITE_BUFFERS_MERGED_MAX) as i32);
         keys_options.set_target_file_size_base(32 << 20);
         keys_options.set_max_bytes_for_level_base(256 << 20);
         keys_options.set_memtable_whole_key_filtering(true);
@@ -140,15 +145,16 @@ impl Engine {
         self.write_buffers.get_usage()
     }
 
-    /// What memtables may take together.
-    pub fn write_buffer_bytes(&self) -> u64 {
-        self.write_buffer_bytes as u64
+    /// What memtables may take together before some are written out early: half of their memory, so that what is written
+    /// meanwhile fits the other half. RocksDB's own manager does not see to it: it takes full memtables for on their way to the
+    /// disk, but ours wait for others of their shard.
+    pub fn gathering_bytes_max(&self) -> u64 {
+        self.write_buffer_bytes as u64 / 2
     }
 
-    /// Whether memtables have outgrown their memory. RocksDB's own manager has them written out while they are being filled;
-    /// it takes full ones for on their way to the disk, but ours wait for [`WRITE_BUFFERS_MERGED`] of their shard.
+    /// Whether it is time for that.
     pub fn has_too_many_memtables(&self) -> bool {
-        self.write_buffers.get_usage() > self.write_buffer_bytes
+        self.memtable_bytes() as u64 > self.gathering_bytes_max()
     }
 
     /// Opens the database of a shard; makes it in a folder that is empty.

@@ -575,8 +575,8 @@ fn what_is_behind_a_refusal_is_refused_until_the_gateway_knows() {
 /// Each shard lets memtables gather before it writes them out; together they must not take more memory than they may.
 #[test]
 fn memtables_of_many_shards_keep_to_their_memory() {
-    const SHARDS: u16 = 6;
-    const BUDGET_BYTES: usize = 32 << 20;
+    const SHARDS: u16 = 12;
+    const BUDGET_BYTES: usize = 256 << 20;
     let folder = tempfile::tempdir().unwrap();
     let mut config = Config { data: folder.path().to_owned(), lane_threads: 3, ..Config::default() };
     config.memory.write_buffer_bytes = BUDGET_BYTES;
@@ -585,25 +585,21 @@ fn memtables_of_many_shards_keep_to_their_memory() {
     handle.put_record(KeyspaceRecord::new(KeyspaceId(0), "0", &primaries).unwrap()).unwrap();
     let table = SlotTable::new(SHARDS);
     let mut client = Client::new(&handle);
-    let value = vec![b'x'; 100 << 10];
-    let mut largest_bytes = 0;
-    // Half of what a shard would write out by itself, one shard after the other.
+    let value = vec![b'x'; 1 << 20];
+    // A little less than what a shard would write out by itself, one shard after the other.
     for shard in (0..SHARDS).map(ShardId) {
         let keys =
             (0..).map(|number: u32| number.to_string()).filter(|key| table.shard(slot_of(key.as_bytes())) == shard);
-        for key in keys.take(170) {
+        for key in keys.take(26) {
             client.add_to(shard, &[b"set", key.as_bytes(), &value]);
             assert_eq!(client.send().0[0].1, "OK");
         }
-        largest_bytes = largest_bytes.max(handle.core().engine.memtable_bytes());
     }
     let deadline = Instant::now() + Duration::from_secs(20);
-    // Families that hold little take some beside it.
-    while handle.core().engine.memtable_bytes() > BUDGET_BYTES * 3 / 2 {
+    while handle.core().engine.memtable_bytes() > BUDGET_BYTES {
         assert!(Instant::now() < deadline, "{} bytes stay", handle.core().engine.memtable_bytes());
         std::thread::yield_now();
     }
-    assert!(largest_bytes < 3 * BUDGET_BYTES, "{largest_bytes} bytes");
 }
 
 #[test]
