@@ -145,16 +145,16 @@ impl Engine {
         self.write_buffers.get_usage()
     }
 
-    /// What memtables may take together before some are written out early: half of their memory, so that what is written
-    /// meanwhile fits the other half. RocksDB's own manager does not see to it: it takes full memtables for on their way to the
-    /// disk, but ours wait for others of their shard.
-    pub fn gathering_bytes_max(&self) -> u64 {
-        self.write_buffer_bytes as u64 / 2
+    /// What memtables may take together before some are written out early: as much of their memory as RocksDB's own manager lets be
+    /// filled; what is written meanwhile takes the rest.
+    pub fn memtable_bytes_max(&self) -> usize {
+        self.write_buffer_bytes / 8 * 7
     }
 
-    /// Whether it is time for that.
+    /// Whether they take more. RocksDB's manager has memtables written out while they are being filled; it takes full ones for
+    /// on their way to the disk, but those of many shards may all wait for others of their shard.
     pub fn has_too_many_memtables(&self) -> bool {
-        self.memtable_bytes() as u64 > self.gathering_bytes_max()
+        self.memtable_bytes() > self.memtable_bytes_max()
     }
 
     /// Opens the database of a shard; makes it in a folder that is empty.

@@ -190,12 +190,12 @@ impl Worker {
     }
 }
 
-/// Writes memtables out, the largest first, until no more than may gather is left.
+/// Writes memtables out, the largest first, until all together take no more memory than they may.
 fn write_out(core: &Core) {
     let map = core.shards.current();
     // Their own sizes count, since the memory of what was written out is given back somewhat later.
     let bytes = || map.serving().map(|shard| shard.database.memtable_bytes()).sum::<u64>();
-    while bytes() > core.engine.gathering_bytes_max() && !core.pool.state.lock().stopped {
+    while bytes() > core.engine.memtable_bytes_max() as u64 && !core.pool.state.lock().stopped {
         let Some(shard) = map.serving().max_by_key(|shard| shard.database.memtable_bytes()) else { return };
         let before = shard.database.memtable_bytes();
         if let Err(error) = shard.database.write_out_memtables() {
