@@ -4,6 +4,7 @@
 
 #![cfg_attr(test, allow(clippy::unwrap_used, reason = "tests may"))]
 
+pub mod clock;
 pub mod cluster;
 pub mod connection;
 pub mod eventually;

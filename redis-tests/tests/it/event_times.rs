@@ -1,9 +1,8 @@
 //! Writes that come late, come again, or come while the clock is wrong: what is acknowledged stays, what is deleted stays deleted.
 
-use std::path::{Path, PathBuf};
-use std::process::Command;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
+use redis_tests::clock::{Clock, seconds_behind};
 use redis_tests::{Connection, Server, Value};
 
 /// Keys of each scenario, so that all shards have some.
@@ -106,42 +105,10 @@ fn late_writes_are_refused_when_the_tombstones_are_gone() {
     assert!(figures.contains(",rows_estimate=40,"), "only what is alive is left: {figures}");
 }
 
-/// Compiles what sets a process's clock; `None` without a C compiler. (libfaketime does not get on with an executable that brings its
-/// own allocator: it looks for functions that the C library no longer has, and the loader's error text is freed by the wrong one.)
-fn clock_library(folder: &Path) -> Option<PathBuf> {
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it/clock_offset.c");
-    let library = folder.join("clock_offset.so");
-    let compiled =
-        Command::new("cc").args(["-shared", "-fPIC", "-O1", "-o"]).arg(&library).arg(source).status().ok()?;
-    assert!(compiled.success(), "cc: {compiled}");
-    Some(library)
-}
-
-/// A server whose clock is off by the seconds that stand in a file.
-fn server_with_clock(library: &Path, offset: &Path) -> Server {
-    let variables = [("LD_PRELOAD", library), ("CLOCK_OFFSET_FILE", offset)];
-    let variables = variables.map(|(name, path)| (name.to_owned(), path.to_str().unwrap().to_owned()));
-    Server::start_in(&["--shards", "2"], &variables)
-}
-
-fn server_seconds(connection: &mut Connection) -> i64 {
-    connection.done(&["TIME"]).elements().unwrap()[0].text().parse().unwrap()
-}
-
-fn unix_now() -> Duration {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap()
-}
-
 #[test]
 fn a_clock_that_is_set_back_two_minutes_loses_no_acknowledged_write() {
-    let directory = redis_tests::cluster::temporary_directory();
-    let Some(library) = clock_library(directory.path()) else {
-        eprintln!("skipped: no C compiler to make the library that sets a process's clock");
-        return;
-    };
-    let clock = directory.path().join("clock");
-    std::fs::write(&clock, "0").unwrap();
-    let mut server = server_with_clock(&library, &clock);
+    let Some(clock) = Clock::new() else { return };
+    let mut server = Server::start_in(&["--shards", "2"], &clock.environment);
     let mut connection = server.connect();
     let keys: Vec<String> = (0..200).map(|number| format!("k:{number}")).collect();
     for key in &keys {
@@ -153,8 +120,8 @@ fn a_clock_that_is_set_back_two_minutes_loses_no_acknowledged_write() {
     };
     let before: Vec<i64> = keys.iter().map(|key| event_time(key, &mut connection)).collect();
 
-    std::fs::write(&clock, "-120").unwrap();
-    let behind = unix_now().as_secs() as i64 - server_seconds(&mut connection);
+    clock.set(-120);
+    let behind = seconds_behind(&mut connection);
     assert!((100..=140).contains(&behind), "the server's clock is {behind} s behind");
     let write = |round: &str, connection: &mut Connection| {
         for key in &keys {
@@ -187,7 +154,7 @@ fn a_clock_that_is_set_back_two_minutes_loses_no_acknowledged_write() {
         }
     }
     // The true time is in this clock's future: an error, not a write that is ignored.
-    let given = unix_now().as_nanos().to_string();
+    let given = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_nanos().to_string();
     let answer = connection.call(&["SET", &keys[0], "given", "EVENTTIME", &given]);
     assert!(answer.text().contains("ahead of the store's clock"), "{}", answer.text());
 
@@ -199,7 +166,7 @@ fn a_clock_that_is_set_back_two_minutes_loses_no_acknowledged_write() {
     check(&["back", "killed"], &mut connection);
     compact(&mut connection);
     check(&["back", "killed"], &mut connection);
-    std::fs::write(&clock, "0").unwrap();
+    clock.set(0);
     write("forth", &mut connection);
     check(&["back", "killed", "forth"], &mut connection);
 }

@@ -1,72 +1,12 @@
 //! The clock is set back by two minutes: no acknowledged write is ignored, and reads see the latest.
 
-use std::fs::{self, File};
-use std::io;
-use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
-use std::process::Command;
-
-use redis_tests::cluster::temporary_directory;
+use redis_tests::clock::{Clock, seconds_behind};
 use redis_tests::{Connection, Server, Value, eventually};
-use tempfile::TempDir;
 
 use super::small_with;
 
 const KEYS: u32 = 300;
 const BACK_SECONDS: i64 = 120;
-
-/// A time of day of its own for one server.
-struct Clock {
-    /// What `shifted_clock.c` reads: seconds, as the machine lays out a number.
-    shift: File,
-    environment: Vec<(String, String)>,
-    _directory: TempDir,
-}
-
-impl Clock {
-    /// `None`, and said, where there is no C compiler.
-    fn new() -> Option<Clock> {
-        let directory = temporary_directory();
-        let library = compile(directory.path())?;
-        let path = directory.path().join("shift");
-        fs::write(&path, 0_i64.to_ne_bytes()).unwrap();
-        let environment = [("LD_PRELOAD", &library), ("SHIFTED_CLOCK", &path)]
-            .map(|(name, path)| (name.to_owned(), path.to_str().unwrap().to_owned()))
-            .to_vec();
-        let shift = File::options().write(true).open(&path).unwrap();
-        Some(Clock { shift, environment, _directory: directory })
-    }
-
-    /// In place: the server has the file mapped.
-    fn set(&self, seconds: i64) {
-        self.shift.write_all_at(&seconds.to_ne_bytes(), 0).unwrap();
-    }
-}
-
-fn compile(folder: &Path) -> Option<PathBuf> {
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it/durability/shifted_clock.c");
-    let library = folder.join("shifted_clock.so");
-    let compiled = Command::new("cc").args(["-shared", "-fPIC", "-O1", "-o"]).arg(&library).arg(source).output();
-    match compiled {
-        Ok(output) => {
-            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-            Some(library)
-        }
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            eprintln!("skipped: no C compiler here");
-            None
-        }
-        Err(error) => panic!("cannot run cc: {error}"),
-    }
-}
-
-/// By how much the server's clock is behind that of the test.
-fn seconds_behind(connection: &mut Connection) -> i64 {
-    let time = connection.done(&["TIME"]).elements().unwrap();
-    let seconds: i64 = time[0].text().parse().unwrap();
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs() as i64;
-    now - seconds
-}
 
 fn is_two_minutes_behind(connection: &mut Connection) -> bool {
     (BACK_SECONDS - 10..=BACK_SECONDS + 10).contains(&seconds_behind(connection))
