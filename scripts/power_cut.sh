@@ -4,10 +4,12 @@
 # is mounted again, the server is started on it, and every write that was acknowledged is asked for.
 #
 #   scripts/power_cut.sh
+#   FILES=60 scripts/power_cut.sh      no server: cuts the power so often under a program that appends to files and syncs them
 #
 # fsync=always must have lost nothing; fsync=everysec may have lost the last second and what one sync takes, which is reported:
 # how old the oldest lost write was when the power went. Each connection writes to one shard: what is lost must be the last
-# of what it wrote.
+# of what it wrote. Answers that come once the cut has begun are counted apart and may be lost: a sync that meets the shutdown may
+# return 0 without effect (FILES shows it), and a real cut lets no answer out.
 #
 # Needs root, a loop device and mkfs.ext4; where they are not permitted it says so and ends with 0.
 # Options, as environment variables: VASTO=path of the binary, SETTINGS="always everysec", ROUNDS=3 (for each of them),
@@ -24,7 +26,7 @@ oldest_ms=${OLDEST_MS:-3000}
 port=${PORT:-17100}
 export LC_ALL=C
 
-[ -x "$vasto" ] || {
+[ -n "${FILES:-}" ] || [ -x "$vasto" ] || {
     echo "no $vasto: run 'make build' first, or name the binary in VASTO" >&2
     exit 1
 }
@@ -84,23 +86,43 @@ start() {
 command -v mkfs.ext4 >/dev/null || skip "no mkfs.ext4 here"
 mkdir -p "$mounted"
 
+# fresh_disk: mounts an empty file system.
+fresh_disk() {
+    rm -f "$image"
+    truncate -s 1G "$image"
+    mkfs.ext4 -q -F "$image"
+    mount -o loop "$image" "$mounted" 2>"$work/mount" || skip "cannot mount: $(cat "$work/mount")"
+}
+
+# cut_power COMMAND...: the command that ends with the cut.
+cut_power() {
+    local status=0
+    "$@" || status=$?
+    [ $status != 3 ] || skip "the file system cannot be shut down"
+    [ $status = 0 ] || exit 1
+    kill_server
+    umount "$mounted"
+    mount -o loop "$image" "$mounted"
+}
+
 failures=0
 cuts=0
+if [ -n "${FILES:-}" ]; then
+    settings=
+    for cuts in $(seq "$FILES"); do
+        fresh_disk
+        cut_power python3 scripts/power_cut.py cut-files "$ledger" "$mounted"
+        echo -n "files, round $cuts: "
+        python3 scripts/power_cut.py check-files "$ledger" "$mounted" || failures=$((failures + 1))
+        umount "$mounted"
+    done
+fi
 for fsync in $settings; do
     for round in $(seq "$rounds"); do
-        rm -f "$image"
-        truncate -s 1G "$image"
-        mkfs.ext4 -q -F "$image"
-        mount -o loop "$image" "$mounted" 2>"$work/mount" || skip "cannot mount: $(cat "$work/mount")"
+        fresh_disk
         : >"$work/log"
         start "$fsync"
-        status=0
-        python3 scripts/power_cut.py cut "$port" "$ledger" "$mounted" "$writes" || status=$?
-        [ $status != 3 ] || skip "the file system cannot be shut down"
-        [ $status = 0 ] || exit 1
-        kill_server
-        umount "$mounted"
-        mount -o loop "$image" "$mounted"
+        cut_power python3 scripts/power_cut.py cut "$port" "$ledger" "$mounted" "$writes"
         echo "--- second life" >>"$work/log"
         start "$fsync"
         cuts=$((cuts + 1))
@@ -109,7 +131,10 @@ for fsync in $settings; do
         if [ "$fsync" = everysec ]; then
             limit=$oldest_ms
         fi
-        python3 scripts/power_cut.py check "$port" "$ledger" "$limit" || failures=$((failures + 1))
+        python3 scripts/power_cut.py check "$port" "$ledger" "$limit" || {
+            failures=$((failures + 1))
+            sed -n '/--- second life/,$p' "$work/log" | grep ERROR >&2 || true
+        }
         kill_server
         umount "$mounted"
     done
