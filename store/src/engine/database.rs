@@ -1,7 +1,7 @@
 //! The database of one shard: its column families, reads from memory or disk, and batches of writes.
 
 use super::garbage::{Factory, Garbage, Rules};
-use super::{Engine, EngineError, Tier, compact_all_options, meta};
+use super::{Engine, EngineError, Tier, compact_all_options, meta, synced_mark};
 use rocksdb::checkpoint::Checkpoint;
 use rocksdb::properties;
 use rocksdb::{
@@ -15,6 +15,7 @@ use std::io;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// The order fixes the column families' ids: 1, 2, 3 (0 is RocksDB's own, which stays empty).
 const KEYS: &str = "keys";
@@ -31,6 +32,23 @@ pub struct Database {
     synced_writes: WriteOptions,
     probing_writes: WriteOptions,
     block_cache: Cache,
+    synced: Synced,
+}
+
+/// How far the log is synced, by sequence numbers; 0 = not since the database was opened.
+#[derive(Default)]
+struct Synced {
+    up_to: AtomicU64,
+    /// What the log itself says of it.
+    noted: AtomicU64,
+}
+
+impl Synced {
+    /// What a batch shall say of it, if the log does not yet.
+    fn news(&self) -> Option<u64> {
+        let up_to = self.up_to.load(Ordering::Acquire);
+        (up_to > self.noted.load(Ordering::Acquire)).then_some(up_to)
+    }
 }
 
 /// Bytes of a WriteBatch's own header and of what surrounds one row in it: capacity to ask for.
@@ -46,6 +64,8 @@ pub struct Writes<'d> {
     keys: &'d ColumnFamily,
     meta: &'d ColumnFamily,
     batch: WriteBatch,
+    /// What the batch says of how far the log is synced.
+    synced: Option<u64>,
 }
 
 impl Writes<'_> {
@@ -91,6 +111,7 @@ impl Database {
             synced_writes,
             probing_writes,
             block_cache: engine.block_cache.clone(),
+            synced: Synced::default(),
         };
         database.take_format(path)?;
         database.garbage.arm();
@@ -180,8 +201,13 @@ impl Database {
 
     /// An empty set of writes with room for `rows` rows of `bytes` bytes in all.
     pub fn writes(&self, rows: usize, bytes: usize) -> Writes<'_> {
-        let capacity = BATCH_HEAD_BYTES + rows * BATCH_ROW_BYTES + bytes;
-        Writes { keys: self.family(KEYS), meta: self.family(META), batch: WriteBatch::with_capacity_bytes(capacity) }
+        let capacity = BATCH_HEAD_BYTES + BATCH_ROW_BYTES + synced_mark::MARK_BYTES + rows * BATCH_ROW_BYTES + bytes;
+        let mut batch = WriteBatch::with_capacity_bytes(capacity);
+        let synced = self.synced.news();
+        if let Some(sequence) = synced {
+            batch.put_log_data(synced_mark::encode(sequence));
+        }
+        Writes { keys: self.family(KEYS), meta: self.family(META), batch, synced }
     }
 
     /// Logs and applies the writes. [`Tier::Memory`]: refuses with [`EngineError::Stalled`] rather than waiting.
@@ -193,7 +219,11 @@ impl Database {
         self.db.write_opt(writes.batch, options).map_err(|error| match (error.kind(), tier) {
             (ErrorKind::Incomplete, Tier::Memory) => EngineError::Stalled,
             _ => EngineError::from(error),
-        })
+        })?;
+        if let Some(sequence) = writes.synced {
+            self.synced.noted.fetch_max(sequence, Ordering::AcqRel);
+        }
+        Ok(())
     }
 
     pub fn meta(&self, name: &[u8]) -> Result<Option<Vec<u8>>, EngineError> {
@@ -207,7 +237,10 @@ impl Database {
     }
 
     pub fn put_meta_synced(&self, name: &[u8], value: &[u8]) -> Result<(), EngineError> {
-        Ok(self.db.put_cf_opt(self.family(META), name, value, &self.synced_writes)?)
+        let sequence = self.sequence();
+        self.db.put_cf_opt(self.family(META), name, value, &self.synced_writes)?;
+        self.synced.up_to.fetch_max(sequence, Ordering::AcqRel);
+        Ok(())
     }
 
     /// Finds out whether the disk takes writes again: one that is synced and waits for nothing.
@@ -221,7 +254,17 @@ impl Database {
 
     /// Everything written so far survives a power cut.
     pub fn sync_log(&self) -> Result<(), EngineError> {
-        Ok(self.db.flush_wal(true)?)
+        let sequence = self.sequence();
+        self.db.flush_wal(true)?;
+        self.synced.up_to.fetch_max(sequence, Ordering::AcqRel);
+        Ok(())
+    }
+
+    /// Lets the log say how far it is synced if no write has since: what was written before a pause is then told from what a power cut
+    /// left.
+    pub fn note_synced(&self) -> Result<(), EngineError> {
+        let Some(sequence) = self.synced.news() else { return Ok(()) };
+        self.put_meta(meta::SYNCED, &sequence.to_be_bytes(), Tier::Memory)
     }
 
     /// As [`Database::sync_log`], through descriptors of our own: RocksDB gives the whole database up when it is asked to sync a log

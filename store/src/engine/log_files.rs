@@ -2,9 +2,15 @@
 //!
 //! RocksDB takes a flipped bit in the header of a record for the end of the file and silently leaves out what follows; a
 //! flipped type of a later record it reads for ever. A manifest that is cut so forgets tables, a log forgets writes. Here every
-//! record is compared with its checksum, and what cannot be read is a torn end only if no record follows and no single bit explains it.
+//! record is compared with its checksum, and what cannot be read is told apart:
+//! - One flipped bit explains it, wherever it lies: damage.
+//! - A later batch of the logs carries a mark (`synced_mark`) which says that this place was synced: damage.
+//! - Else it was being written when the power went: pages that were not synced may reach the disk in any order, or as zeros. The log
+//!   is cut there. A manifest is synced record by record, so there nothing may follow but zeros.
 
 use super::EngineError;
+use super::crc32c::{crc32c, is_one_bit_off, mask};
+use super::synced_mark::Marks;
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
@@ -13,6 +19,10 @@ use std::path::{Path, PathBuf};
 const BLOCK_BYTES: usize = 32 << 10;
 /// Checksum (4, little endian), length (2, little endian), type (1).
 pub const HEADER_BYTES: usize = 7;
+/// A batch begins with the sequence number of its first row (8, little endian) and the number of its rows (4, little endian).
+const BATCH_HEAD_BYTES: usize = 12;
+/// What a disk writes whole or not at all.
+const SECTOR_BYTES: u64 = 512;
 /// The manifest that a database is born with; it has a log from the next one on.
 const FIRST_MANIFEST: u64 = 1;
 
@@ -25,11 +35,30 @@ const TABLES_NAMED_MAX: usize = 20;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum End {
     Whole,
-    /// In the middle of a record, as a crash leaves it: that record was not acknowledged.
+    /// In the middle of a record, as a crash leaves it: that record was not acknowledged, or not as synced.
     Torn {
         offset: u64,
         bytes: u64,
+        remains: Remains,
     },
+}
+
+/// What lies where a file is torn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Remains {
+    /// The beginning of a record, or space that was never written: RocksDB passes over it.
+    Beginning,
+    /// Parts of what was written, in any order: RocksDB would call it damaged, so it is cut off.
+    Pieces,
+}
+
+/// What the records of a file are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Content {
+    /// Of a log; some carry a mark of what is synced.
+    Batches,
+    /// Of a manifest; each is synced before the next is written.
+    Edits,
 }
 
 /// Something that no crash leaves behind.
@@ -47,8 +76,20 @@ pub fn check(folder: &Path) -> Result<(), EngineError> {
     if files.logs.is_empty() && manifest > FIRST_MANIFEST {
         return Err(damaged(format!("the write-ahead log in {} is missing", folder.display())));
     }
-    check_file(&folder.join(manifest_name(manifest)))?;
-    files.logs.iter().try_for_each(|log| check_file(log))
+    let manifest = folder.join(manifest_name(manifest));
+    check_file(&manifest, Content::Edits, &mut 0)?.map_or(Ok(()), |torn| torn.cut_off(&manifest))?;
+    let mut next_sequence = 0;
+    for (number, log) in files.logs.iter().enumerate() {
+        let Some(torn) = check_file(log, Content::Batches, &mut next_sequence)? else { continue };
+        for later in &files.logs[number + 1..] {
+            if largest_mark(later)?.is_some_and(|synced| synced >= next_sequence) {
+                let reason = "what lies here is no record, and a later log says that it was synced";
+                return Err(Damage { offset: torn.offset, reason }.of(log));
+            }
+        }
+        torn.cut_off(log)?;
+    }
+    Ok(())
 }
 
 /// The error of a database that does not open though its files passed [`check`]. RocksDB blames the manifest for what it meets while it
@@ -83,18 +124,50 @@ fn damaged(text: String) -> EngineError {
     EngineError::Corrupt(text)
 }
 
-fn check_file(path: &Path) -> Result<(), EngineError> {
-    let examined = File::open(path).and_then(examine).map_err(|error| unreadable(path, &error))?;
-    match examined {
-        Ok(End::Whole) => Ok(()),
-        Ok(End::Torn { offset, bytes }) => {
-            tracing::warn!(file = %path.display(), offset, bytes, "a record was being written at the last end; it is left out");
-            Ok(())
-        }
-        Err(Damage { offset, reason }) => {
-            Err(damaged(format!("{} is damaged at byte {offset}: {reason}", path.display())))
-        }
+impl Damage {
+    fn of(&self, path: &Path) -> EngineError {
+        damaged(format!("{} is damaged at byte {}: {}", path.display(), self.offset, self.reason))
     }
+}
+
+/// Pieces at the end of a file that are not to be read.
+struct Pieces {
+    offset: u64,
+    bytes: u64,
+}
+
+impl Pieces {
+    fn cut_off(&self, path: &Path) -> Result<(), EngineError> {
+        let Self { offset, bytes } = *self;
+        tracing::warn!(file = %path.display(), offset, bytes, "what was being written when the power went, and never synced, is cut off");
+        let cut = File::options().write(true).open(path).and_then(|file| {
+            file.set_len(offset)?;
+            file.sync_all()
+        });
+        cut.map_err(|error| EngineError::Disk(format!("cannot cut off the end of {}: {error}", path.display())))
+    }
+}
+
+/// Fails if the file is damaged; else what must be cut off its end before RocksDB reads it.
+fn check_file(path: &Path, content: Content, next_sequence: &mut u64) -> Result<Option<Pieces>, EngineError> {
+    let examined = File::open(path).and_then(|file| examine(file, content, next_sequence));
+    match examined.map_err(|error| unreadable(path, &error))? {
+        Ok(End::Whole) => Ok(None),
+        Ok(End::Torn { offset, bytes, remains: Remains::Beginning }) => {
+            tracing::warn!(file = %path.display(), offset, bytes, "a record was being written at the last end; it is left out");
+            Ok(None)
+        }
+        Ok(End::Torn { offset, bytes, remains: Remains::Pieces }) => Ok(Some(Pieces { offset, bytes })),
+        Err(damage) => Err(damage.of(path)),
+    }
+}
+
+/// The largest sequence number that a mark in the log calls synced.
+fn largest_mark(path: &Path) -> Result<Option<u64>, EngineError> {
+    let mut behind = Behind::default();
+    let read = File::open(path).and_then(|mut file| behind.read_on(&mut file, &mut vec![0; BLOCK_BYTES]));
+    read.map_err(|error| unreadable(path, &error))?;
+    Ok(behind.marks.largest())
 }
 
 /// What lies in a shard's folder.
@@ -222,22 +295,52 @@ pub fn record_bytes(bytes: &[u8]) -> Option<usize> {
     record(bytes).ok().map(|(_, bytes)| bytes)
 }
 
-/// Whether turning back one bit of the length or the type makes it a record: then it was one.
+/// Whether turning back one bit makes it a record: then it was one.
 fn is_one_bit_from_a_record(bytes: &[u8]) -> bool {
     let Some((header, rest)) = bytes.split_first_chunk::<HEADER_BYTES>() else { return false };
-    (4 * 8..HEADER_BYTES * 8).any(|bit| {
+    let by_header = (4 * 8..HEADER_BYTES * 8).any(|bit| {
         let mut turned = *header;
         turned[bit / 8] ^= 1 << (bit % 8);
         record_with(turned, rest).is_ok()
-    })
+    });
+    let [sum_0, sum_1, sum_2, sum_3, length_0, length_1, kind] = *header;
+    let payload = rest.get(..usize::from(u16::from_le_bytes([length_0, length_1])));
+    by_header
+        || payload.filter(|_| Kind::from_byte(kind).is_some()).is_some_and(|payload| {
+            let sum = crc32c(&[&[kind], payload]);
+            is_one_bit_off(sum, u32::from_le_bytes([sum_0, sum_1, sum_2, sum_3]), 1 + payload.len())
+        })
 }
 
-/// Reads a file of records to its end.
-fn examine(mut file: impl Read) -> io::Result<Result<End, Damage>> {
+/// The first bytes of a batch, gathered from the parts of its record.
+#[derive(Default)]
+struct BatchHead {
+    bytes: [u8; BATCH_HEAD_BYTES],
+    length: usize,
+}
+
+impl BatchHead {
+    fn take(&mut self, payload: &[u8]) {
+        let taken = payload.len().min(BATCH_HEAD_BYTES - self.length);
+        self.bytes[self.length..][..taken].copy_from_slice(&payload[..taken]);
+        self.length += taken;
+    }
+
+    /// The sequence number that follows those of the batch.
+    fn next_sequence(&self) -> Option<u64> {
+        let (sequence, rest) = self.bytes[..self.length].split_first_chunk::<8>()?;
+        let (count, _) = rest.split_first_chunk::<4>()?;
+        Some(u64::from_le_bytes(*sequence).saturating_add(u64::from(u32::from_le_bytes(*count))))
+    }
+}
+
+/// Reads a file of records to its end. For a log, `next_sequence` becomes the sequence number after those of its last whole batch.
+fn examine(mut file: impl Read, content: Content, next_sequence: &mut u64) -> io::Result<Result<End, Damage>> {
     let mut buffer = vec![0; BLOCK_BYTES];
     let mut block_start = 0;
     // Where the record began whose last part has not come yet.
     let mut unfinished: Option<u64> = None;
+    let mut head = BatchHead::default();
     loop {
         let length = read_block(&mut file, &mut buffer)?;
         let block = &buffer[..length];
@@ -248,9 +351,9 @@ fn examine(mut file: impl Read) -> io::Result<Result<End, Damage>> {
                 Ok(record) => record,
                 Err(reason) => {
                     let is_last_block = length < BLOCK_BYTES;
-                    let found = Stop { offset, reason, is_last_block, unfinished };
+                    let stop = Stop { offset, reason, is_last_block, unfinished, next_sequence: *next_sequence };
                     let rest = block[at..].to_vec();
-                    return stopped(found, &rest, file, &mut buffer);
+                    return stopped(stop, content, &rest, file, &mut buffer);
                 }
             };
             let damage = |offset, reason| Ok(Err(Damage { offset, reason }));
@@ -263,12 +366,20 @@ fn examine(mut file: impl Read) -> io::Result<Result<End, Damage>> {
                 (Kind::Full | Kind::First, Some(start)) => return damage(start, "a record has no end"),
                 (Kind::Middle | Kind::Last, None) => return damage(offset, "a record has no beginning"),
             };
+            if kind != Kind::Note {
+                head.take(&block[at + HEADER_BYTES..at + bytes]);
+                if unfinished.is_none() {
+                    *next_sequence = head.next_sequence().unwrap_or(*next_sequence);
+                    head = BatchHead::default();
+                }
+            }
             at += bytes;
         }
         if length < BLOCK_BYTES {
             let end = block_start + length as u64;
             let torn = unfinished.or((at < length).then_some(block_start + at as u64));
-            return Ok(Ok(torn.map_or(End::Whole, |offset| End::Torn { offset, bytes: end - offset })));
+            let torn = torn.map(|offset| End::Torn { offset, bytes: end - offset, remains: Remains::Beginning });
+            return Ok(Ok(torn.unwrap_or(End::Whole)));
         }
         block_start += length as u64;
     }
@@ -280,51 +391,104 @@ struct Stop {
     reason: NoRecord,
     is_last_block: bool,
     unfinished: Option<u64>,
+    /// The sequence number of the first row that cannot be read.
+    next_sequence: u64,
+}
+
+/// What lies behind such a place.
+#[derive(Default)]
+struct Behind {
+    bytes: u64,
+    /// How many of them there are to the last that is not zero.
+    written_bytes: u64,
+    has_records: bool,
+    marks: Marks,
+}
+
+impl Behind {
+    /// Reads `block`, a whole one or the end of one. Its first record may lie anywhere, and so may one behind something unreadable,
+    /// since a length is not to be trusted. Such a one must be followed by records to the end of the block: a value that was cut off
+    /// may hold a log itself.
+    fn take(&mut self, block: &[u8]) {
+        let written = block.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
+        if written > 0 {
+            self.written_bytes = self.bytes + written as u64;
+        }
+        self.bytes += block.len() as u64;
+        let mut at = 0;
+        while at < written {
+            match record(&block[at..]) {
+                Ok((_, bytes)) => {
+                    self.has_records = true;
+                    self.marks.take(&block[at + HEADER_BYTES..at + bytes]);
+                    at += bytes;
+                }
+                Err(_) => match (at + 1..written).find(|next| are_records_to_the_end(&block[*next..])) {
+                    Some(next) => at = next,
+                    None => return,
+                },
+            }
+        }
+    }
+
+    fn read_on(&mut self, file: &mut impl Read, buffer: &mut [u8]) -> io::Result<()> {
+        loop {
+            let length = read_block(file, buffer)?;
+            if length == 0 {
+                return Ok(());
+            }
+            self.take(&buffer[..length]);
+        }
+    }
 }
 
 /// Tells a torn end from damage. `rest` is the block from the stop on, `file` what follows the block.
-fn stopped(stop: Stop, rest: &[u8], mut file: impl Read, buffer: &mut [u8]) -> io::Result<Result<End, Damage>> {
+fn stopped(
+    stop: Stop,
+    content: Content,
+    rest: &[u8],
+    mut file: impl Read,
+    buffer: &mut [u8],
+) -> io::Result<Result<End, Damage>> {
     let damage = |reason| Ok(Err(Damage { offset: stop.offset, reason }));
     if is_one_bit_from_a_record(rest) {
-        return damage("a bit of the length or the type of a record is flipped");
+        return damage("a bit of a record is flipped");
     }
-    // Within the block records may lie anywhere, since the length of this one is not to be trusted. They must go on to the end: a
-    // value that was cut off may hold a log itself.
-    let mut is_followed = (1..rest.len()).any(|skipped| are_records_to_the_end(&rest[skipped..]));
-    let mut is_blank = rest.iter().all(|byte| *byte == 0);
-    let mut bytes = rest.len() as u64;
-    loop {
-        let length = read_block(&mut file, buffer)?;
-        if length == 0 {
-            break;
-        }
-        bytes += length as u64;
-        is_followed |= record(&buffer[..length]).is_ok();
-        is_blank &= buffer[..length].iter().all(|byte| *byte == 0);
-    }
-    if is_followed {
-        return damage("what lies here is no record, and records follow");
-    }
-    match stop.reason {
+    let mut behind = Behind::default();
+    behind.take(rest);
+    behind.read_on(&mut file, buffer)?;
+    let is_beginning = match stop.reason {
         // RocksDB skips blank space, but not in the middle of a record.
-        NoRecord::Blank if is_blank && stop.unfinished.is_none() => {}
-        NoRecord::TooLong if stop.is_last_block => {}
-        NoRecord::Blank => return damage("what lies here was never written"),
-        NoRecord::TooLong => return damage("a record is longer than its block"),
-        NoRecord::Wrong(reason) => return damage(reason),
+        NoRecord::Blank => behind.written_bytes == 0 && stop.unfinished.is_none(),
+        NoRecord::TooLong => stop.is_last_block,
+        NoRecord::Wrong(_) => false,
+    };
+    // The unwritten end of a record that was never synced.
+    let blank_from = stop.offset + behind.written_bytes;
+    let ends_blank = blank_from.next_multiple_of(SECTOR_BYTES) < stop.offset + behind.bytes;
+    match (content, stop.reason) {
+        (Content::Edits, _) if behind.has_records => return damage("what lies here is no record, and records follow"),
+        (Content::Batches, _) if behind.marks.largest().is_some_and(|synced| synced >= stop.next_sequence) => {
+            return damage("what lies here is no record, and what follows says that it was synced");
+        }
+        (Content::Edits, NoRecord::Wrong(reason)) if !ends_blank => return damage(reason),
+        (Content::Edits, NoRecord::TooLong) if !is_beginning && !ends_blank => {
+            return damage("a record is longer than its block");
+        }
+        (Content::Edits | Content::Batches, NoRecord::Blank | NoRecord::TooLong | NoRecord::Wrong(_)) => {}
     }
     let offset = stop.unfinished.unwrap_or(stop.offset);
-    Ok(Ok(End::Torn { offset, bytes: stop.offset + bytes - offset }))
+    let remains = if is_beginning && !behind.has_records { Remains::Beginning } else { Remains::Pieces };
+    Ok(Ok(End::Torn { offset, bytes: stop.offset + behind.bytes - offset, remains }))
 }
 
-fn are_records_to_the_end(mut bytes: &[u8]) -> bool {
-    while let Ok((_, length)) = record(bytes) {
-        bytes = &bytes[length..];
-        if bytes.len() < HEADER_BYTES {
-            return bytes.iter().all(|byte| *byte == 0);
-        }
+/// Whether these are records, one at least, and nothing but zeros behind them.
+fn are_records_to_the_end(bytes: &[u8]) -> bool {
+    let mut rest = bytes;
+    while let Ok((_, length)) = record(rest) {
+        rest = &rest[length..];
     }
-    false
+    rest.len() < bytes.len() && rest.iter().all(|byte| *byte == 0)
 }
 
 /// Fills the buffer, or reads to the end of the file.
@@ -341,62 +505,9 @@ fn read_block(file: &mut impl Read, buffer: &mut [u8]) -> io::Result<usize> {
     Ok(length)
 }
 
-/// RocksDB stores checksums so, since a checksum of data with checksums in them would be weak.
-fn mask(sum: u32) -> u32 {
-    sum.rotate_right(15).wrapping_add(0xa282_ead8)
-}
-
-/// Tables for eight bytes at a time: about 2 GB/s, so that a log of 256 MiB costs a restart an eighth of a second.
-static CRC_TABLES: [[u32; 256]; 8] = crc_tables();
-
-const fn crc_tables() -> [[u32; 256]; 8] {
-    // The polynomial of Castagnoli, bits reversed.
-    const POLYNOMIAL: u32 = 0x82f6_3b78;
-    let mut tables = [[0; 256]; 8];
-    let mut byte = 0;
-    while byte < 256 {
-        let mut sum = byte as u32;
-        let mut bit = 0;
-        while bit < 8 {
-            sum = if sum & 1 == 1 { sum >> 1 ^ POLYNOMIAL } else { sum >> 1 };
-            bit += 1;
-        }
-        tables[0][byte] = sum;
-        byte += 1;
-    }
-    let mut table = 1;
-    while table < 8 {
-        let mut byte = 0;
-        while byte < 256 {
-            let before = tables[table - 1][byte];
-            tables[table][byte] = before >> 8 ^ tables[0][(before & 0xff) as usize];
-            byte += 1;
-        }
-        table += 1;
-    }
-    tables
-}
-
-/// The CRC-32C of several parts in a row.
-fn crc32c(parts: &[&[u8]]) -> u32 {
-    let mut sum = u32::MAX;
-    for part in parts {
-        let (chunks, rest) = part.as_chunks::<8>();
-        for chunk in chunks {
-            let [a, b, c, d, e, f, g, h] = *chunk;
-            let [a, b, c, d] = (u32::from_le_bytes([a, b, c, d]) ^ sum).to_le_bytes();
-            let bytes = [h, g, f, e, d, c, b, a];
-            sum = (0..8).fold(0, |sum, table| sum ^ CRC_TABLES[table][usize::from(bytes[table])]);
-        }
-        for byte in rest {
-            sum = sum >> 8 ^ CRC_TABLES[0][usize::from(*byte ^ sum as u8)];
-        }
-    }
-    !sum
-}
-
 #[cfg(test)]
 mod tests {
+    use super::super::synced_mark;
     use super::*;
 
     /// Writes records as RocksDB does.
@@ -445,16 +556,12 @@ mod tests {
         }
     }
 
+    /// What these bytes are as a log and as a manifest, if that is the same.
     fn examined(bytes: &[u8]) -> Result<End, Damage> {
-        examine(bytes).unwrap()
-    }
-
-    #[test]
-    fn the_checksum_is_that_of_castagnoli() {
-        assert_eq!(crc32c(&[b"123456789"]), 0xe306_9283);
-        assert_eq!(crc32c(&[b"1", b"23456789"]), 0xe306_9283);
-        assert_eq!(crc32c(&[&[0; 32]]), 0x8a91_36aa);
-        assert_eq!(crc32c(&[]), 0);
+        let of_log = examine(bytes, Content::Batches, &mut 0).unwrap();
+        let of_manifest = examine(bytes, Content::Edits, &mut 0).unwrap();
+        assert_eq!(of_log, of_manifest);
+        of_log
     }
 
     /// Records of all shapes: short ones, one that ends where its block ends, ones over two and four blocks.
@@ -484,8 +591,9 @@ mod tests {
             for length in (0..log.bytes.len()).step_by(step) {
                 let end = examined(&log.bytes[..length]);
                 assert!(end.is_ok(), "cut at {length} of {}: {end:?}", log.bytes.len());
-                if let Ok(End::Torn { offset, bytes }) = end {
+                if let Ok(End::Torn { offset, bytes, remains }) = end {
                     assert_eq!(offset + bytes, length as u64);
+                    assert_eq!(remains, Remains::Beginning);
                 }
             }
             // Space that was allocated ahead.
@@ -504,11 +612,13 @@ mod tests {
         log.append(&value);
         for cut in 1..50 {
             let bytes = &log.bytes[..log.bytes.len() - cut];
-            assert_eq!(examined(bytes), Ok(End::Torn { offset: start, bytes: bytes.len() as u64 - start }));
+            let torn = End::Torn { offset: start, bytes: bytes.len() as u64 - start, remains: Remains::Beginning };
+            assert_eq!(examined(bytes), Ok(torn));
         }
     }
 
-    /// The last record too: RocksDB would take a flip of its length for a torn end.
+    /// The last record too: RocksDB would take a flip of its length for a torn end, and so would we one of its payload if more of
+    /// it were wrong.
     #[test]
     fn no_flipped_bit_passes_for_the_end_of_the_log() {
         for log in shapes() {
@@ -529,5 +639,116 @@ mod tests {
 
     fn record_bytes(log: &Log, header: usize) -> usize {
         HEADER_BYTES + usize::from(u16::from_le_bytes([log.bytes[header + 4], log.bytes[header + 5]]))
+    }
+
+    /// Batches of random lengths with syncs in between, of which the next batch tells.
+    struct Grown {
+        log: Log,
+        synced_bytes: usize,
+        synced_sequence: u64,
+        /// What of it the marks in the log cover.
+        noted_bytes: usize,
+    }
+
+    impl Grown {
+        fn by(random: &mut fastrand::Rng) -> Self {
+            let log = Log::default();
+            let mut grown = Self { log, synced_bytes: 0, synced_sequence: 0, noted_bytes: 0 };
+            let mut sequence = 1_u64;
+            for _ in 0..random.usize(2..60) {
+                let count = random.u32(1..4);
+                let mut batch = sequence.to_le_bytes().to_vec();
+                batch.extend_from_slice(&count.to_le_bytes());
+                if grown.synced_bytes > grown.noted_bytes {
+                    batch.extend_from_slice(&synced_mark::encode(grown.synced_sequence));
+                    grown.noted_bytes = grown.synced_bytes;
+                }
+                let value_bytes = [40, 6_000][random.usize(..2)];
+                batch.extend(std::iter::repeat_with(|| random.u8(..)).take(value_bytes));
+                grown.log.append(&batch);
+                sequence += u64::from(count);
+                if random.u8(..4) == 0 {
+                    grown.synced_bytes = grown.log.bytes.len();
+                    grown.synced_sequence = sequence - 1;
+                }
+            }
+            grown
+        }
+    }
+
+    #[test]
+    fn a_power_cut_takes_the_end_that_was_not_synced() {
+        let mut cut_off = 0;
+        for seed in 0..2_000 {
+            let mut random = fastrand::Rng::with_seed(seed);
+            let Grown { log, synced_bytes, synced_sequence, .. } = Grown::by(&mut random);
+            let mut bytes = log.bytes;
+            bytes.truncate(random.usize(synced_bytes..=bytes.len()));
+            // Each sector that was not synced is there or not, whatever became of the others.
+            let mut start = synced_bytes;
+            while start < bytes.len() {
+                let end = bytes.len().min((start + 1).next_multiple_of(512));
+                if random.bool() {
+                    bytes[start..end].fill(0);
+                }
+                start = end;
+            }
+            let mut next_sequence = 0;
+            let end = examine(&bytes[..], Content::Batches, &mut next_sequence).unwrap();
+            let offset = match end {
+                Ok(End::Whole) => bytes.len(),
+                Ok(End::Torn { offset, remains, .. }) => {
+                    cut_off += usize::from(remains == Remains::Pieces);
+                    offset as usize
+                }
+                Err(damage) => panic!("seed {seed}: {damage:?}, synced to byte {synced_bytes}"),
+            };
+            assert!(offset >= synced_bytes, "seed {seed}: torn at {offset}, synced to byte {synced_bytes}");
+            assert!(next_sequence > synced_sequence || synced_bytes == 0, "seed {seed}: up to {next_sequence}");
+            let cut = examine(&bytes[..offset], Content::Batches, &mut 0).unwrap();
+            assert_eq!(cut, Ok(End::Whole), "seed {seed}: what is left opens");
+        }
+        assert!(cut_off > 100, "{cut_off} logs had pieces at their end");
+    }
+
+    #[test]
+    fn damage_of_what_a_mark_calls_synced_is_no_power_cut() {
+        let mut damaged = 0;
+        for seed in 0..2_000 {
+            let mut random = fastrand::Rng::with_seed(seed);
+            let Grown { log, noted_bytes, .. } = Grown::by(&mut random);
+            let mut bytes = log.bytes;
+            if noted_bytes < 100 {
+                continue;
+            }
+            let length = random.usize(20..=noted_bytes.min(3_000));
+            let start = random.usize(0..=noted_bytes - length);
+            for byte in &mut bytes[start..start + length] {
+                *byte = if seed % 2 == 0 { 0 } else { random.u8(..) };
+            }
+            let end = examine(&bytes[..], Content::Batches, &mut 0).unwrap();
+            assert!(end.is_err(), "seed {seed}: bytes {start}.. are {end:?}, synced to byte {noted_bytes}");
+            damaged += 1;
+        }
+        assert!(damaged > 500, "{damaged} logs were damaged");
+    }
+
+    /// Each record of a manifest is synced before the next is written.
+    #[test]
+    fn a_manifest_may_end_in_zeros_but_not_go_on_behind_them() {
+        let log = Log::of(&[400, 400, 9_000]);
+        let last = log.headers[2];
+        let mut torn = log.bytes.clone();
+        torn[last + 3_000..].fill(0);
+        let bytes = (torn.len() - last) as u64;
+        let end = examine(&torn[..], Content::Edits, &mut 0).unwrap();
+        assert_eq!(end, Ok(End::Torn { offset: last as u64, bytes, remains: Remains::Pieces }));
+        let mut overwritten = log.bytes.clone();
+        overwritten[last + 3_000..].fill(0x55);
+        assert!(examine(&overwritten[..], Content::Edits, &mut 0).unwrap().is_err());
+        let mut holed = log.bytes;
+        holed[log.headers[1] + 50..log.headers[2]].fill(0);
+        assert!(examine(&holed[..], Content::Edits, &mut 0).unwrap().is_err());
+        assert!(examine(&holed[..], Content::Batches, &mut 0).unwrap().is_ok(), "of a log this may be a power cut");
     }
 }

@@ -1,11 +1,13 @@
 //! The only user of RocksDB: what all shards of a store share, and how one shard's database is opened.
 
 mod changed_value;
+mod crc32c;
 pub mod database;
 pub mod error;
 pub mod garbage;
 mod log_files;
 pub mod meta;
+mod synced_mark;
 #[cfg(test)]
 mod tests;
 

@@ -92,6 +92,81 @@ fn a_flipped_bit_in_a_header_is_refused_with_the_name_of_the_file() {
     }
 }
 
+/// Turns over a stretch of the log's record with this number, counted from its end.
+fn spoil(log: &Path, from_end: usize) {
+    let mut content = fs::read(log).unwrap();
+    let (mut at, mut records) = (0, Vec::new());
+    while let Some(bytes) = log_files::record_bytes(&content[at..]) {
+        records.push(at..at + bytes);
+        at += bytes;
+    }
+    assert_eq!(at, content.len());
+    let record = records[records.len() - from_end].clone();
+    for byte in &mut content[record.start + 10..record.end - 5] {
+        *byte = !*byte;
+    }
+    fs::write(log, content).unwrap();
+}
+
+/// The log itself says what of it is synced: what is spoilt there is refused, what is spoilt behind it was never synced.
+#[test]
+fn a_log_is_cut_off_only_behind_what_is_synced() {
+    let engine = engine();
+    let folder = tempfile::tempdir().unwrap();
+    let original = folder.path().join("original");
+    fs::create_dir_all(&original).unwrap();
+    let database = Database::open(&engine, &original, RULES).unwrap();
+    put(&database, 0..20);
+    database.sync_log().unwrap();
+    put(&database, 20..50);
+    let copy = folder.path().join("copy");
+    copy_folder(&original, &copy);
+    drop(database);
+    let log = find(&copy, |name| name.ends_with(".log"));
+    let whole = fs::read(&log).unwrap();
+
+    for from_end in 31..50 {
+        spoil(&log, from_end);
+        let error = Database::open(&engine, &copy, RULES).err().expect("it is refused").to_string();
+        assert!(error.contains(log.file_name().unwrap().to_str().unwrap()), "{error}");
+        assert!(error.contains("synced"), "{error}");
+        fs::write(&log, &whole).unwrap();
+    }
+
+    spoil(&log, 10);
+    let database = Database::open(&engine, &copy, RULES).unwrap();
+    let is_there =
+        |database: &Database, number: u32| database.get(&number.to_be_bytes(), Tier::Disk).unwrap().is_some();
+    assert!((0..40).all(|number| is_there(&database, number)));
+    assert!(!(40..50).any(|number| is_there(&database, number)), "nothing is kept behind what is lost");
+    put(&database, 40..60);
+    drop(database);
+    let database = Database::open(&engine, &copy, RULES).unwrap();
+    assert!((0..60).all(|number| is_there(&database, number)));
+}
+
+/// The first write after a pause need not come: the log says so by itself.
+#[test]
+fn what_was_synced_before_a_pause_is_noted() {
+    let engine = engine();
+    let folder = tempfile::tempdir().unwrap();
+    let original = folder.path().join("original");
+    fs::create_dir_all(&original).unwrap();
+    let database = Database::open(&engine, &original, RULES).unwrap();
+    put(&database, 0..20);
+    database.sync_log().unwrap();
+    database.note_synced().unwrap();
+    let sequence = database.sequence();
+    database.note_synced().unwrap();
+    assert_eq!(database.sequence(), sequence, "once is enough");
+    let copy = folder.path().join("copy");
+    copy_folder(&original, &copy);
+    drop(database);
+    spoil(&find(&copy, |name| name.ends_with(".log")), 2);
+    let error = Database::open(&engine, &copy, RULES).err().expect("it is refused").to_string();
+    assert!(error.contains("synced"), "{error}");
+}
+
 /// RocksDB reads the properties of a table before their checksum is looked at, and blames the manifest.
 #[test]
 fn a_table_that_does_not_open_is_named_and_not_the_manifest() {

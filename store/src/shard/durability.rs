@@ -386,6 +386,7 @@ impl Shard {
             self.met(raised);
         }
         self.met(self.database.release_tombstones().map(drop));
+        self.met(self.database.note_synced());
     }
 
     /// What failed here is tried again in a second, if the shard goes on at all.
