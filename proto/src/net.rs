@@ -26,6 +26,8 @@ pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// HTTP/2 windows: wide enough for several batches; memory is bounded by the senders' own limits.
 const STREAM_WINDOW_BYTES: u32 = 8 << 20;
 const CONNECTION_WINDOW_BYTES: u32 = 16 << 20;
+/// What either end takes in one HTTP/2 frame, instead of 16 KiB: a long batch is then written and read in one piece.
+const HTTP2_FRAME_BYTES_MAX: u32 = FRAME_BYTES_MAX as u32;
 
 /// Options of every channel; `address` is host:port.
 pub fn endpoint(address: &str) -> Result<Endpoint, tonic::transport::Error> {
@@ -36,7 +38,8 @@ pub fn endpoint(address: &str) -> Result<Endpoint, tonic::transport::Error> {
         .keep_alive_timeout(KEEP_ALIVE_TIMEOUT)
         .keep_alive_while_idle(true)
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
-        .initial_connection_window_size(CONNECTION_WINDOW_BYTES))
+        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+        .max_frame_size(HTTP2_FRAME_BYTES_MAX))
 }
 
 /// Options of every gRPC server.
@@ -47,5 +50,5 @@ pub fn server() -> Server {
         .http2_keepalive_timeout(Some(KEEP_ALIVE_TIMEOUT))
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
-        .max_frame_size(Some(FRAME_BYTES_MAX as u32))
+        .max_frame_size(HTTP2_FRAME_BYTES_MAX)
 }
