@@ -188,7 +188,11 @@ impl<T: Traffic> Client<T> {
             let connected = match link.take() {
                 Some(link) => link,
                 None => match self.connect_again().await {
-                    Some(link) => link,
+                    Some(link) => {
+                        // What was under way may have to be sent again.
+                        self.exhausted = false;
+                        link
+                    }
                     None => break,
                 },
             };

@@ -433,6 +433,19 @@ mod tests {
         }
     }
 
+    /// Keys that were under way when the traffic had no more were not read again.
+    #[test]
+    fn a_connection_that_is_lost_in_its_last_batch_reads_it_again() {
+        // 18 keys are loaded, written and read: the last batch of each has 2, and the server hangs up in it for some of these.
+        for every in 19..70 {
+            let faults = Faults { hang_up_every: Some(every), ..Faults::default() };
+            let line =
+                "--workload set --distribution sequential -n 18 --keys 18 --load --verify --clients 1 --pipeline 4";
+            let verification = report(faults, line).verification.unwrap();
+            assert!(verification.clean, "hangs up every {every}: {verification:?}");
+        }
+    }
+
     #[test]
     fn a_silent_server_is_given_up_after_the_timeout() {
         let faults = Faults { fall_silent_every: Some(300), ..Faults::default() };
