@@ -38,7 +38,8 @@ pub struct ClientRecord {
     /// 0 = none yet, else 1 + the row's index.
     last_command: AtomicU32,
     last_interaction_ms: AtomicU64,
-    keyspace: AtomicU32,
+    /// The name.
+    keyspace: Mutex<String>,
     protocol_version: AtomicU8,
     /// Commands queued by MULTI; -1 = no transaction.
     queued_commands: AtomicI32,
@@ -62,7 +63,7 @@ impl ClientRecord {
             names: Mutex::default(),
             last_command: AtomicU32::new(0),
             last_interaction_ms: AtomicU64::new(now_ms),
-            keyspace: AtomicU32::new(0),
+            keyspace: Mutex::new("0".to_owned()),
             protocol_version: AtomicU8::new(2),
             queued_commands: AtomicI32::new(-1),
             no_evict: AtomicBool::new(false),
@@ -104,12 +105,13 @@ impl ClientRecord {
         self.last_interaction_ms.load(Ordering::Relaxed)
     }
 
-    pub fn set_keyspace(&self, keyspace: u32) {
-        self.keyspace.store(keyspace, Ordering::Relaxed);
+    pub fn set_keyspace(&self, name: &str) {
+        name.clone_into(&mut self.keyspace.lock());
     }
 
-    pub fn keyspace(&self) -> u32 {
-        self.keyspace.load(Ordering::Relaxed)
+    /// A number for what Redis knows as a database.
+    pub fn keyspace(&self) -> String {
+        self.keyspace.lock().clone()
     }
 
     /// 2 or 3.

@@ -11,7 +11,7 @@ use crate::route::merge::Gather;
 use crate::routing::Routing;
 use crate::session::{Protocol, Session};
 use crate::shared::Shared;
-use crate::upstream::masters::Alteration;
+use crate::upstream::masters::Change;
 use crate::upstream::pool::{Refused, Request, packed_arguments};
 use crate::worker::Worker;
 use std::cell::{Cell, RefCell};
@@ -709,7 +709,7 @@ impl Connection {
         self: &Rc<Self>,
         state: &mut State,
         command: Command,
-        alteration: Alteration,
+        change: Change,
         ask: Box<dyn Ask>,
         is_muted: bool,
     ) {
@@ -720,7 +720,7 @@ impl Connection {
         state.is_barred = true;
         let connection = Rc::clone(self);
         self.worker.spawn(async move {
-            let answer = connection.shared().masters.alter(alteration).await;
+            let answer = connection.shared().masters.change(change).await;
             // The worker may not have had its turn to look; who made a change sees it at once.
             connection.worker.adopt(connection.shared().masters.latest());
             if connection.is_closed.get() {

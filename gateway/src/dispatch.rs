@@ -230,7 +230,7 @@ fn run_here(connection: &Rc<Connection>, state: &mut State, command: GatewayComm
         }
         Ok(Next::Silent) => connection.account(&state.session, row, started, &[], words),
         Ok(Next::Ask(ask)) => connection.start_ask(state, row, ask, is_muted),
-        Ok(Next::AskMaster(alteration, ask)) => connection.ask_master(state, row, alteration, ask, is_muted),
+        Ok(Next::AskMaster(change, ask)) => connection.ask_master(state, row, change, ask, is_muted),
         Ok(Next::RepliedAfter(after)) => connection.owe_later(state, row, packed, is_muted, after),
         Ok(Next::Shutdown) => {
             connection.shared().shutdown.cancel();
@@ -250,6 +250,13 @@ fn routes(connection: &Rc<Connection>, state: &mut State) -> Result<Rc<KeyspaceR
     let routing = connection.worker().routing();
     if let Some(keyspace) = routing.keyspace(state.session.keyspace) {
         return Ok(Rc::clone(keyspace));
+    }
+    if routing.snapshot.dropped.contains(&state.session.keyspace) {
+        // It never comes back: there is nothing to wait for.
+        state.blocked_since = None;
+        let is_muted = take_muted(state);
+        connection.owe_error(state, error::KEYSPACE_DROPPED.text().as_bytes(), is_muted);
+        return Err(Flow::Done);
     }
     let since = *state.blocked_since.get_or_insert_with(Instant::now);
     if since.elapsed() < connection.shared().settings.request_deadline() {

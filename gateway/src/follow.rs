@@ -11,7 +11,7 @@ use tokio_util::task::TaskTracker;
 use tracing::{error, info, warn};
 use vasto_proto::id::ClusterId;
 use vasto_proto::pb::master_client::MasterClient;
-use vasto_proto::topology::{ShardRecord, Snapshot, StoreInfo};
+use vasto_proto::topology::{KeyspaceRecord, ShardRecord, Snapshot, StoreInfo};
 use vasto_proto::{PROTOCOL_VERSION, net, pb};
 
 /// The master's first snapshot leaves at once; one that takes longer hangs, and another address is tried.
@@ -101,7 +101,7 @@ pub struct OtherCluster {
 }
 
 /// What to believe after `received`, knowing `known`. A master that has just started knows a store that has not yet come
-/// back to it by its records alone: then the address of before is kept, and so are the keyspaces while it has none.
+/// back to it by its records alone: then the address of before is kept, and so are keyspaces that it does not call dropped.
 pub fn merge(known: &Snapshot, received: Snapshot) -> Result<Snapshot, OtherCluster> {
     let none = ClusterId(0);
     if known.cluster != none && received.cluster != none && known.cluster != received.cluster {
@@ -112,8 +112,16 @@ pub fn merge(known: &Snapshot, received: Snapshot) -> Result<Snapshot, OtherClus
         // No store has come back to it at all: it knows less than we do.
         merged.cluster = known.cluster;
     }
-    if merged.keyspaces.is_empty() && !known.keyspaces.is_empty() {
-        merged.keyspaces.clone_from(&known.keyspaces);
+    // Who was dropped stays so: only the record of that is needed, and it may be on a store that has not come back yet.
+    merged.dropped.extend(&known.dropped);
+    merged.keyspaces.retain(|keyspace| !merged.dropped.contains(&keyspace.id));
+    let is_missing = |keyspace: &&KeyspaceRecord| {
+        !merged.dropped.contains(&keyspace.id) && !merged.keyspaces.iter().any(|other| other.id == keyspace.id)
+    };
+    let missing: Vec<KeyspaceRecord> = known.keyspaces.iter().filter(is_missing).cloned().collect();
+    merged.keyspaces.extend(missing);
+    merged.keyspaces.sort_by_key(|keyspace| keyspace.id);
+    if !merged.keyspaces.is_empty() {
         merged.waiting_for.clear();
     }
     for keyspace in &mut merged.keyspaces {
@@ -128,6 +136,8 @@ pub fn merge(known: &Snapshot, received: Snapshot) -> Result<Snapshot, OtherClus
         {
             store.address.clone_from(&before.address);
             store.fsync = before.fsync;
+            store.zone.clone_from(&before.zone);
+            store.tags.clone_from(&before.tags);
         }
     }
     let is_forgotten = |store: &&StoreInfo| {
@@ -175,18 +185,25 @@ mod tests {
 
     use super::*;
     use vasto_proto::id::{Epoch, KeyspaceId, StoreId};
-    use vasto_proto::topology::KeyspaceRecord;
 
     fn store(id: u32, address: &str) -> StoreInfo {
         let up = !address.is_empty();
-        StoreInfo { id: StoreId(id), address: address.to_owned(), up, free_disk_bytes: 1, fsync: None }
+        StoreInfo {
+            id: StoreId(id),
+            address: address.to_owned(),
+            up,
+            free_disk_bytes: 1,
+            fsync: None,
+            zone: String::new(),
+            tags: Vec::new(),
+        }
     }
 
     fn snapshot(cluster: u64, stores: &[StoreInfo]) -> Snapshot {
         let primaries: Vec<StoreId> = stores.iter().map(|store| store.id).collect();
         let keyspaces = KeyspaceRecord::new(KeyspaceId(0), "0", &primaries).into_iter().collect();
         let cluster = ClusterId(cluster);
-        Snapshot { cluster, version: 9, stores: stores.to_vec(), keyspaces, waiting_for: String::new() }
+        Snapshot { cluster, version: 9, stores: stores.to_vec(), keyspaces, ..Snapshot::default() }
     }
 
     #[test]
@@ -218,6 +235,21 @@ mod tests {
         let mut newer = known.clone();
         newer.keyspaces[0].epoch = Epoch(5);
         assert_eq!(merge(&known, newer.clone()).unwrap(), newer);
+    }
+
+    #[test]
+    fn only_what_is_called_dropped_is_forgotten() {
+        let mut known = snapshot(1, &[store(1, "one:1")]);
+        known.keyspaces.push(KeyspaceRecord::new(KeyspaceId(7), "seven", &[StoreId(1)]).unwrap());
+        // The store that knows of it has not come back to a new master.
+        let without = snapshot(1, &[store(1, "one:1")]);
+        assert_eq!(merge(&known, without.clone()).unwrap().keyspaces, known.keyspaces);
+        let dropped = Snapshot { dropped: [KeyspaceId(7)].into(), ..without.clone() };
+        let merged = merge(&known, dropped).unwrap();
+        assert_eq!(merged.keyspaces, without.keyspaces);
+        // Nor does a master bring it back that has only heard a store which was away.
+        let again = merge(&merged, Snapshot { keyspaces: known.keyspaces.clone(), ..without.clone() }).unwrap();
+        assert_eq!((again.keyspaces, again.dropped), (without.keyspaces, merged.dropped));
     }
 
     #[test]

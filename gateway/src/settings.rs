@@ -33,6 +33,8 @@ pub struct Config {
     pub output_buffer_limit: usize,
     /// A client that takes nothing of its replies for this long is disconnected.
     pub output_stall_timeout: Duration,
+    /// SELECT takes numbers below this.
+    pub databases: u32,
     /// A command that no store has answered after this time fails.
     pub request_deadline: Duration,
     /// Addresses of the masters, host:port, for the commands that change keyspaces.
@@ -55,6 +57,7 @@ impl Default for Config {
             // Some thousand small replies: enough to keep a pipelining client busy.
             output_buffer_limit: 1 << 20,
             output_stall_timeout: Duration::from_secs(30),
+            databases: 16,
             request_deadline: Duration::from_secs(5),
             masters: Vec::new(),
             data_directory: None,
@@ -211,7 +214,7 @@ pub const SETTINGS: &[Setting] = &[
     row("crash-log-enabled", "yes", Kind::Bool, Effect::Kept),
     row("crash-memcheck-enabled", "yes", Kind::Bool, Effect::Kept),
     row("daemonize", "no", Kind::Bool, Effect::Fixed),
-    row("databases", "1", COUNT, Effect::Fixed),
+    row("databases", "16", COUNT, Effect::Fixed),
     row("dbfilename", "", Kind::Text, Effect::Fixed),
     row("dir", "", Kind::Text, Effect::Fixed),
     row("dynamic-hz", "yes", Kind::Bool, Effect::Kept),
@@ -367,6 +370,7 @@ impl Settings {
             ("client-query-buffer-limit", config.client_query_buffer_limit.to_string()),
             ("output-buffer-limit", config.output_buffer_limit.to_string()),
             ("output-stall-timeout", config.output_stall_timeout.as_secs().to_string()),
+            ("databases", config.databases.to_string()),
             ("request-deadline-ms", config.request_deadline.as_millis().to_string()),
         ] {
             texts[find(name.as_bytes()).expect("the names above stand in the table")] = text;

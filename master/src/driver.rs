@@ -12,6 +12,7 @@ use tracing::{info, warn};
 use vasto_proto::pb;
 use vasto_proto::topology::{KeyspaceRecord, Snapshot};
 
+use crate::keyspaces::Creation;
 use crate::state::{
     Action, AlterError, AlterResult, Alteration, Effect, Event, Refusal, Report, RequestId, SessionId, State,
 };
@@ -38,7 +39,16 @@ enum Input {
     Opened { session: SessionId, directives: DirectiveSender },
     Reported { session: SessionId, report: Report },
     Ended { session: SessionId, reason: Option<SessionEnd> },
-    Alter { alteration: Alteration, answer: oneshot::Sender<AlterResult> },
+    Change { change: Change, answer: oneshot::Sender<AlterResult> },
+}
+
+/// A change of a keyspace, as a gateway asks for it.
+#[derive(Clone, Debug)]
+pub enum Change {
+    Alter(Alteration),
+    Create(Creation),
+    /// The keyspace of this name.
+    Drop(String),
 }
 
 /// The way to the driver for the rpc module.
@@ -78,10 +88,10 @@ impl Link {
         self.send(Input::Ended { session, reason }).await
     }
 
-    /// Changes a keyspace; returns when its stores have confirmed the change, or have not in time.
-    pub async fn alter(&self, alteration: Alteration) -> Result<KeyspaceRecord, AlterFailure> {
+    /// Changes, makes or drops a keyspace; returns when its stores have confirmed it, or have not in time.
+    pub async fn change(&self, change: Change) -> Result<KeyspaceRecord, AlterFailure> {
         let (answer, answered) = oneshot::channel();
-        self.send(Input::Alter { alteration, answer }).await.map_err(|_| AlterFailure::Stopped)?;
+        self.send(Input::Change { change, answer }).await.map_err(|_| AlterFailure::Stopped)?;
         answered.await.map_err(|_| AlterFailure::Stopped)?.map_err(AlterFailure::Refused)
     }
 
@@ -148,12 +158,16 @@ impl Driver {
                         }
                         Event::SessionEnded { session }
                     }
-                    Some(Input::Alter { alteration, answer }) => {
-                        info!(keyspace = alteration.name, changes = ?alteration.changes, "a keyspace is to be altered");
+                    Some(Input::Change { change, answer }) => {
+                        info!(?change, "a keyspace is to be changed");
                         self.requests += 1;
                         let request = RequestId(self.requests);
                         self.waiting.insert(request, answer);
-                        Event::AlterRequested { request, alteration }
+                        match change {
+                            Change::Alter(alteration) => Event::AlterRequested { request, alteration },
+                            Change::Create(creation) => Event::CreateRequested { request, creation },
+                            Change::Drop(name) => Event::DropRequested { request, name },
+                        }
                     }
                     None => return,
                 },
@@ -183,7 +197,7 @@ impl Driver {
         self.publish();
         for (request, result) in self.state.take_answers() {
             if let Err(error) = &result {
-                warn!(%error, "a keyspace was not altered");
+                warn!(%error, "a keyspace was not changed");
             }
             if let Some(answer) = self.waiting.remove(&request) {
                 // Nobody waits any more: the gateway is gone.
@@ -251,6 +265,10 @@ fn log_changes(before: &Snapshot, after: &Snapshot) {
             let shards = keyspace.shards.len();
             info!(keyspace = keyspace.name, epoch = %keyspace.epoch, shards, cluster = %after.cluster, "keyspace served");
         }
+    }
+    for keyspace in after.dropped.difference(&before.dropped) {
+        let name = before.keyspace(*keyspace).map_or("", |record| &record.name);
+        info!(%keyspace, name, "keyspace dropped");
     }
     if before.waiting_for != after.waiting_for && !after.waiting_for.is_empty() {
         info!(waiting_for = after.waiting_for, "no keyspace yet");

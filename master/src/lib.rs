@@ -3,9 +3,11 @@
 //! It keeps nothing on disk. The stores hold the cluster id and all records; whatever the master knows it has from their
 //! reports, so a restart rebuilds it and the data path does not notice.
 //!
-//! `rpc` speaks gRPC, `driver` owns the one copy of `state` and carries out what it decides, `place` chooses stores.
+//! `rpc` speaks gRPC, `driver` owns the one copy of `state` and carries out what it decides, `keyspaces` decides on new and dropped ones,
+//! `place` chooses stores.
 
 mod driver;
+mod keyspaces;
 mod place;
 mod rpc;
 mod state;

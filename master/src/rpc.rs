@@ -1,5 +1,6 @@
 //! The master's gRPC services: sessions of stores, and the topology as a stream.
 
+use std::collections::BTreeSet;
 use std::pin::Pin;
 use std::sync::Arc;
 
@@ -15,7 +16,9 @@ use vasto_proto::pb::master_server::{Master, MasterServer};
 use vasto_proto::topology::{Fsync, KeyspaceRecord, RecordError, Settings};
 use vasto_proto::{PROTOCOL_VERSION, net, pb};
 
-use crate::driver::{AlterFailure, Link, SessionEnd, Stopped};
+use crate::driver::{AlterFailure, Change, Link, SessionEnd, Stopped};
+use crate::keyspaces::Creation;
+use crate::place::Site;
 use crate::state::{Alteration, Report, SessionId};
 
 pub struct Service {
@@ -97,12 +100,48 @@ impl Master for Service {
         let changes = Settings::try_from(request.settings.unwrap_or_default());
         let changes = changes.map_err(|error| Status::invalid_argument(error.to_string()))?;
         let expected_epoch = Some(Epoch(request.expected_epoch)).filter(|epoch| epoch.0 != 0);
-        let altered = self.link.alter(Alteration { name: request.name, changes, expected_epoch }).await;
-        match altered {
-            Ok(record) => Ok(Response::new(pb::AlterKeyspaceResponse { record: Some((&record).into()) })),
-            Err(AlterFailure::Refused(error)) => Err(Status::failed_precondition(error.to_string())),
-            Err(AlterFailure::Stopped) => Err(stopping(Stopped)),
-        }
+        let change = Change::Alter(Alteration { name: request.name, changes, expected_epoch });
+        let record = self.link.change(change).await.map_err(not_changed)?;
+        Ok(Response::new(pb::AlterKeyspaceResponse { record: Some((&record).into()) }))
+    }
+
+    async fn create_keyspace(
+        &self,
+        request: Request<pb::CreateKeyspaceRequest>,
+    ) -> Result<Response<pb::CreateKeyspaceResponse>, Status> {
+        let request = request.into_inner();
+        require_version(request.protocol_version)?;
+        let settings = Settings::try_from(request.settings.unwrap_or_default());
+        let creation = Creation {
+            name: request.name,
+            shards: Some(request.shards).filter(|shards| *shards != 0),
+            copies: request.copies.max(1),
+            settings: settings.map_err(|error| Status::invalid_argument(error.to_string()))?,
+            may_exist: request.may_exist,
+        };
+        let record = self.link.change(Change::Create(creation)).await.map_err(not_changed)?;
+        Ok(Response::new(pb::CreateKeyspaceResponse { record: Some((&record).into()) }))
+    }
+
+    async fn drop_keyspace(
+        &self,
+        request: Request<pb::DropKeyspaceRequest>,
+    ) -> Result<Response<pb::DropKeyspaceResponse>, Status> {
+        let request = request.into_inner();
+        require_version(request.protocol_version)?;
+        let record = self.link.change(Change::Drop(request.name)).await.map_err(not_changed)?;
+        let snapshot = Arc::clone(&self.link.topology().borrow());
+        let is_down = |store: &StoreId| !snapshot.store(*store).is_some_and(|store| store.up);
+        let owners: BTreeSet<StoreId> = record.shards.iter().map(|shard| shard.primary).collect();
+        let stores_down = owners.into_iter().filter(is_down).map(|store| store.0).collect();
+        Ok(Response::new(pb::DropKeyspaceResponse { keyspace_id: record.id.0, stores_down }))
+    }
+}
+
+fn not_changed(failure: AlterFailure) -> Status {
+    match failure {
+        AlterFailure::Refused(error) => Status::failed_precondition(error.to_string()),
+        AlterFailure::Stopped => stopping(Stopped),
     }
 }
 
@@ -127,6 +166,7 @@ fn parse_report(message: pb::StoreReport) -> Result<Report, RecordError> {
         records: message.has_records.then_some(records),
         free_disk_bytes: message.free_disk_bytes,
         fsync,
+        site: Site { zone: message.zone, host: message.host, disk: message.disk, tags: message.tags },
         failure: message.failure,
     })
 }

@@ -6,6 +6,9 @@
 //!   interrupted bootstrap: somewhere there are stores that hold the records, and the master waits for them.
 //! - A record is changed only when the stores of its shards hold the version before, and one change at a time; gateways see the new
 //!   version when these stores have confirmed it. Until then the old one is what the master says.
+//! - A new keyspace and the end of one go to all stores at once, and hold when the stores with its shards (of a dropped one: those
+//!   that are up) and more than half of all known stores keep them. No id is used twice, and the record of a dropped keyspace stays:
+//!   it wins over every other version, so no store that was away and no master brings the keyspace back.
 //! - Until a record changes for the first time, the cluster id is a function of it: a master that takes over an interrupted
 //!   bootstrap arrives at the same id.
 
@@ -14,15 +17,16 @@ use std::fmt;
 use std::time::Duration;
 
 use thiserror::Error;
-use vasto_proto::SETTINGS_VERSION;
 use vasto_proto::id::{ClusterId, Epoch, KeyspaceId, StoreId};
 use vasto_proto::slot::splitmix64;
 use vasto_proto::topology::{Fsync, KeyspaceRecord, Settings, Snapshot, StoreInfo};
+use vasto_proto::{DROP_VERSION, SETTINGS_VERSION};
 
-use crate::place;
+use crate::keyspaces::{self, Creation, Decision, KeyspaceError};
+use crate::place::{self, Site};
 
 /// The keyspace that an empty cluster starts with; what `SELECT 0` means.
-const FIRST_KEYSPACE: KeyspaceId = KeyspaceId(0);
+pub const FIRST_KEYSPACE: KeyspaceId = KeyspaceId(0);
 const FIRST_KEYSPACE_NAME: &str = "0";
 
 /// After a store could not carry out a directive: long enough not to flood its log, short enough to see a disk freed.
@@ -31,6 +35,10 @@ const RETRY_PAUSE: Duration = Duration::from_secs(1);
 /// How long a change of a keyspace waits for its stores: some heartbeats and a synced file on a busy disk, and less than a
 /// gateway waits for the answer.
 const ALTER_PATIENCE: Duration = Duration::from_secs(5);
+
+/// Records on their way to one store: fewer than its queue of directives takes, so that a new store gets all records of a cluster with
+/// many keyspaces, bit by bit.
+const RECORDS_UNDER_WAY_MAX: usize = 16;
 
 /// Free disk is published when it differs by this part of what was published, or by this many bytes if that is more:
 /// every heartbeat carries a new figure, and gateways need not hear of each.
@@ -81,11 +89,13 @@ pub enum AlterError {
     Unconfirmed { name: String, stores: StoreList },
     #[error("keyspace {name} was changed by somebody else meanwhile")]
     Overtaken { name: String },
+    #[error(transparent)]
+    Keyspace(#[from] KeyspaceError),
 }
 
 /// Stores by their ids, for people.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct StoreList(BTreeSet<StoreId>);
+pub struct StoreList(pub BTreeSet<StoreId>);
 
 impl fmt::Display for StoreList {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -112,6 +122,7 @@ pub struct Report {
     pub free_disk_bytes: u64,
     /// What it does for keyspaces whose records do not say.
     pub fsync: Option<Fsync>,
+    pub site: Site,
     /// Why a directive could not be carried out; else empty.
     pub failure: String,
 }
@@ -129,6 +140,16 @@ pub enum Event {
     AlterRequested {
         request: RequestId,
         alteration: Alteration,
+    },
+    /// Answered as a change is.
+    CreateRequested {
+        request: RequestId,
+        creation: Creation,
+    },
+    /// Answered as a change is.
+    DropRequested {
+        request: RequestId,
+        name: String,
     },
     TimePassed,
 }
@@ -185,6 +206,7 @@ struct Member {
     address: String,
     protocol_version: u32,
     fsync: Option<Fsync>,
+    site: Site,
     session: Option<SessionId>,
     reported_at: Duration,
     cluster: ClusterId,
@@ -208,7 +230,8 @@ struct Known {
 /// A change that waits for its stores.
 #[derive(Debug)]
 struct Pending {
-    request: RequestId,
+    /// Several may want the same.
+    requests: Vec<RequestId>,
     record: KeyspaceRecord,
     deadline: Duration,
 }
@@ -260,11 +283,20 @@ impl State {
             },
             Event::SessionEnded { session } => self.forget_session(session),
             Event::AlterRequested { request, alteration } => self.alter(request, &alteration, now),
+            Event::CreateRequested { request, creation } => {
+                let decision = keyspaces::create(&self.view(now), &creation);
+                self.carry_out(request, decision, now);
+            }
+            Event::DropRequested { request, name } => {
+                let decision = keyspaces::drop(&self.view(now), &name);
+                self.carry_out(request, decision, now);
+            }
             Event::TimePassed => {}
         }
         self.bootstrap(now);
-        self.instruct(now, &mut effects);
-        self.publish_confirmed();
+        let disputed = self.settle_names();
+        self.instruct(now, &disputed, &mut effects);
+        self.publish_confirmed(now);
         self.settle_alterations(now);
         self.refresh_snapshot(now);
         effects
@@ -291,7 +323,7 @@ impl State {
         }
         for record in report.records.iter().flatten() {
             let known = self.records.get(&record.id).map(|known| &known.record);
-            if known.is_some_and(|known| known.epoch == record.epoch && known != record) {
+            if known.is_some_and(|known| known.contradicts(record)) {
                 return Err(Refusal::OtherRecord { store, keyspace: record.id, epoch: record.epoch });
             }
         }
@@ -318,6 +350,7 @@ impl State {
             address: String::new(),
             protocol_version: report.protocol_version,
             fsync: report.fsync,
+            site: report.site.clone(),
             session: None,
             reported_at: now,
             cluster: report.cluster,
@@ -340,6 +373,7 @@ impl State {
         member.address = report.address;
         member.protocol_version = report.protocol_version;
         member.fsync = report.fsync;
+        member.site = report.site;
         member.reported_at = now;
         member.cluster = report.cluster;
         member.free_disk_bytes = report.free_disk_bytes;
@@ -371,14 +405,12 @@ impl State {
             return;
         }
         if self.records.is_empty() {
-            let candidates: Vec<place::Candidate> = self
-                .up(now)
-                .map(|(id, member)| place::Candidate { id, free_disk_bytes: member.free_disk_bytes })
-                .collect();
+            let candidates = self.candidates(now);
             if candidates.len() < self.limits.bootstrap_stores {
                 return;
             }
-            let primaries = place::spread(self.limits.bootstrap_shards, &candidates);
+            let Ok(placed) = place::place(self.limits.bootstrap_shards, 1, &candidates) else { return };
+            let primaries: Vec<StoreId> = placed.into_iter().flatten().collect();
             let record = KeyspaceRecord::new(FIRST_KEYSPACE, FIRST_KEYSPACE_NAME, &primaries)
                 .expect("the shard count was checked when the master was bound");
             self.records.insert(record.id, Known { record, published: None });
@@ -391,27 +423,143 @@ impl State {
         self.members.iter().filter(move |(_, member)| member.is_up(now, silence_max)).map(|(id, member)| (*id, member))
     }
 
-    /// Sends each store what it lacks: first the records, and when it has them all, its cluster id. A version that is not confirmed
+    /// The stores that may get shards.
+    fn candidates(&self, now: Duration) -> Vec<place::Candidate> {
+        let living = self.records.values().map(|known| &known.record).filter(|record| !record.dropped);
+        let held = place::count_copies(living.flat_map(holders));
+        let candidate = |(id, member): (StoreId, &Member)| place::Candidate {
+            id,
+            free_disk_bytes: member.free_disk_bytes,
+            site: member.site.clone(),
+            held: held.get(&id).copied().unwrap_or_default(),
+        };
+        self.up(now).map(candidate).collect()
+    }
+
+    /// Every store that has come since the master started, or that a living record names.
+    fn known_stores(&self) -> BTreeSet<StoreId> {
+        let living = self.records.values().map(|known| &known.record).filter(|record| !record.dropped);
+        living.flat_map(holders).chain(self.members.keys().copied()).collect()
+    }
+
+    fn view(&self, now: Duration) -> keyspaces::View<'_> {
+        let published = |known: &&Known| known.published.as_ref() == Some(&known.record);
+        let is_older = |(_, member): &(&StoreId, &Member)| member.protocol_version < DROP_VERSION;
+        keyspaces::View {
+            records: self.records.values().map(|known| &known.record).collect(),
+            published: self.records.values().filter(published).map(|known| known.record.id).collect(),
+            up: self.candidates(now),
+            known: self.known_stores(),
+            older: self.members.iter().filter(is_older).map(|(store, _)| *store).collect(),
+            moment: splitmix64(now.as_nanos() as u64),
+        }
+    }
+
+    /// Ends what a master began and could not finish, when another one, which had not heard of it, made a keyspace of the same name: that one
+    /// is on more than half of the stores, and nobody who knows of it takes the other. Returns those of which it is not known yet which one
+    /// that is: they are not spread any further.
+    fn settle_names(&mut self) -> BTreeSet<KeyspaceId> {
+        let mut by_name: BTreeMap<&str, Vec<&KeyspaceRecord>> = BTreeMap::new();
+        for known in self.records.values().filter(|known| !known.record.dropped) {
+            by_name.entry(&known.record.name).or_default().push(&known.record);
+        }
+        by_name.retain(|_, records| records.len() > 1);
+        if by_name.is_empty() {
+            return BTreeSet::new();
+        }
+        let stores = self.known_stores();
+        let holders = |record: &KeyspaceRecord| self.members.values().filter(|member| member.holds(record)).count();
+        let (mut disputed, mut ended) = (BTreeSet::new(), Vec::new());
+        for records in by_name.into_values() {
+            let decided = records.iter().find(|record| holders(record) * 2 > stores.len());
+            // When all are heard and none is on most of them, nobody was told of any of them.
+            let is_over = stores.iter().all(|store| self.members.contains_key(store));
+            match decided.or(records.last().filter(|_| is_over)) {
+                Some(winner) => ended
+                    .extend(records.iter().filter(|record| record.id != winner.id).map(|record| record.as_dropped())),
+                None => disputed.extend(records.iter().map(|record| record.id)),
+            }
+        }
+        for record in ended {
+            if let Some(known) = self.records.get_mut(&record.id) {
+                known.record = record;
+            }
+        }
+        disputed
+    }
+
+    /// Makes what was decided, which [`State::instruct`] sends out, or answers.
+    fn carry_out(&mut self, request: RequestId, decision: Result<Decision, KeyspaceError>, now: Duration) {
+        let record = match decision {
+            Ok(Decision::Holds(record)) => return self.answers.push((request, Ok(record))),
+            Err(error) => return self.answers.push((request, Err(error.into()))),
+            Ok(Decision::UnderWay(record)) => record,
+            Ok(Decision::Make(record)) => {
+                let new = Known { record: record.clone(), published: None };
+                self.records.entry(record.id).or_insert(new).record = record.clone();
+                record
+            }
+        };
+        match self.pending.get_mut(&record.id) {
+            Some(pending) if pending.record == record => pending.requests.push(request),
+            Some(_) | None => {
+                let deadline = now + ALTER_PATIENCE;
+                let name = record.name.clone();
+                let pending = Pending { requests: vec![request], record, deadline };
+                if let Some(overtaken) = self.pending.insert(pending.record.id, pending) {
+                    let answer = |request| (request, Err(AlterError::Overtaken { name: name.clone() }));
+                    self.answers.extend(overtaken.requests.into_iter().map(answer));
+                }
+            }
+        }
+    }
+
+    /// Who has yet to confirm the newest version of a record before it may be published.
+    fn awaited(&self, record: &KeyspaceRecord, now: Duration) -> BTreeSet<StoreId> {
+        let mut awaited = unconfirmed(record, &self.members, self.cluster);
+        if !keyspaces::concerns_all(record) {
+            return awaited;
+        }
+        let is_up =
+            |store: &StoreId| self.members.get(store).is_some_and(|member| member.is_up(now, self.limits.silence_max));
+        if record.dropped {
+            // It gets to know when it is back: until then it serves nobody.
+            awaited.retain(is_up);
+        }
+        let known = self.known_stores();
+        let holds = |store: &&StoreId| self.members.get(store).is_some_and(|member| member.holds(record));
+        if known.iter().filter(holds).count() * 2 <= known.len() {
+            awaited.extend(known.iter().filter(|store| !holds(store)));
+        }
+        awaited
+    }
+
+    /// Sends each store what it lacks: first the records, and when it has them all, its cluster id. A change that is not confirmed
     /// goes to the stores that own shards and to nobody else: what a master made and could not finish is then only where the
     /// next one looks before it makes another.
-    fn instruct(&mut self, now: Duration, effects: &mut Vec<Effect>) {
+    fn instruct(&mut self, now: Duration, disputed: &BTreeSet<KeyspaceId>, effects: &mut Vec<Effect>) {
         for (store, member) in &mut self.members {
             let Some(session) = member.session else { continue };
             if now < member.retry_at || !member.is_up(now, self.limits.silence_max) {
                 continue;
             }
             let mut lacks_records = self.records.is_empty();
+            let lacks = |(id, epoch): &(&KeyspaceId, &Epoch)| member.held.get(id).is_none_or(|held| held < *epoch);
+            let mut under_way = member.sent.iter().filter(lacks).count();
             for known in self.records.values() {
-                let newest = Some(&known.record).filter(|record| stores_of(record).contains(store));
+                let newest = Some(&known.record)
+                    .filter(|record| keyspaces::concerns_all(record) || stores_of(record).contains(store));
                 let Some(record) = newest.or(known.published.as_ref()) else {
                     lacks_records = true;
                     continue;
                 };
-                if member.holds(record) {
+                if member.holds(record) || disputed.contains(&record.id) {
                     continue;
                 }
                 lacks_records = true;
-                if member.sent.get(&record.id).is_none_or(|sent| *sent < record.epoch) {
+                let is_due = member.sent.get(&record.id).is_none_or(|sent| *sent < record.epoch);
+                if is_due && under_way < RECORDS_UNDER_WAY_MAX {
+                    under_way += 1;
                     member.sent.insert(record.id, record.epoch);
                     effects.push(Effect { session, action: Action::PutRecord(record.clone()) });
                 }
@@ -424,10 +572,11 @@ impl State {
         }
     }
 
-    fn publish_confirmed(&mut self) {
-        for known in self.records.values_mut() {
-            let is_news = known.published.as_ref() != Some(&known.record);
-            if is_news && unconfirmed(&known.record, &self.members, self.cluster).is_empty() {
+    fn publish_confirmed(&mut self, now: Duration) {
+        let news = self.records.values().filter(|known| known.published.as_ref() != Some(&known.record));
+        let confirmed = news.filter(|known| self.awaited(&known.record, now).is_empty());
+        for keyspace in confirmed.map(|known| known.record.id).collect::<Vec<_>>() {
+            if let Some(known) = self.records.get_mut(&keyspace) {
                 known.published = Some(known.record.clone());
             }
         }
@@ -441,7 +590,8 @@ impl State {
                 if let Some(known) = self.records.get_mut(&record.id) {
                     known.record = record.clone();
                 }
-                self.pending.insert(record.id, Pending { request, record, deadline: now + ALTER_PATIENCE });
+                self.pending
+                    .insert(record.id, Pending { requests: vec![request], record, deadline: now + ALTER_PATIENCE });
             }
             Err(error) => self.answers.push((request, Err(error))),
         }
@@ -450,7 +600,8 @@ impl State {
     fn try_alter(&self, alteration: &Alteration, now: Duration) -> Result<Altered, AlterError> {
         let name = alteration.name.clone();
         let is_meant = |known: &&Known| known.published.as_ref().is_some_and(|published| published.name == name);
-        let Some(Known { record, .. }) = self.records.values().find(is_meant) else {
+        let is_living = |known: &&Known| !known.record.dropped;
+        let Some(Known { record, .. }) = self.records.values().filter(is_living).find(is_meant) else {
             return Err(AlterError::NoSuchKeyspace(name));
         };
         let unconfirmed = unconfirmed(record, &self.members, self.cluster);
@@ -491,13 +642,13 @@ impl State {
             } else if known.published.as_ref() == Some(&known.record) {
                 Ok(known.record.clone())
             } else if now >= pending.deadline {
-                let stores = StoreList(unconfirmed(&known.record, &self.members, self.cluster));
+                let stores = StoreList(self.awaited(&known.record, now));
                 Err(AlterError::Unconfirmed { name, stores })
             } else {
                 self.pending.insert(keyspace, pending);
                 continue;
             };
-            self.answers.push((pending.request, answer));
+            self.answers.extend(pending.requests.into_iter().map(|request| (request, answer.clone())));
         }
     }
 
@@ -505,11 +656,18 @@ impl State {
         let silence_max = self.limits.silence_max;
         let mut stores: BTreeMap<StoreId, StoreInfo> = BTreeMap::new();
         // Stores that records name but that have not come since the master started: down, address unknown.
-        for store in self.records.values().flat_map(|known| stores_of(&known.record)) {
-            stores.insert(
-                store,
-                StoreInfo { id: store, address: String::new(), up: false, free_disk_bytes: 0, fsync: None },
-            );
+        let living = self.records.values().map(|known| &known.record).filter(|record| !record.dropped);
+        for store in living.flat_map(stores_of) {
+            let info = StoreInfo {
+                id: store,
+                address: String::new(),
+                up: false,
+                free_disk_bytes: 0,
+                fsync: None,
+                zone: String::new(),
+                tags: Vec::new(),
+            };
+            stores.insert(store, info);
         }
         for (id, member) in &mut self.members {
             let step = FREE_DISK_STEP_BYTES.max(member.published_free_disk_bytes / FREE_DISK_PART);
@@ -522,6 +680,8 @@ impl State {
                 up: member.is_up(now, silence_max),
                 free_disk_bytes: member.published_free_disk_bytes,
                 fsync: member.fsync,
+                zone: member.site.zone.clone(),
+                tags: member.site.tags.clone(),
             };
             stores.insert(*id, info);
         }
@@ -529,7 +689,8 @@ impl State {
         let confirmed = self.members.values().any(|member| member.cluster == self.cluster);
         let cluster = if confirmed { self.cluster } else { ClusterId(0) };
         let published = self.records.values().filter_map(|known| known.published.clone());
-        let keyspaces: Vec<KeyspaceRecord> = published.filter(|_| cluster != ClusterId(0)).collect();
+        let published = published.filter(|_| cluster != ClusterId(0));
+        let (dropped, keyspaces): (Vec<KeyspaceRecord>, Vec<_>) = published.partition(|record| record.dropped);
         let waiting_for = if keyspaces.is_empty() { self.waiting_for(now) } else { String::new() };
         let mut snapshot = Snapshot {
             cluster,
@@ -537,6 +698,7 @@ impl State {
             stores: stores.into_values().collect(),
             keyspaces,
             waiting_for,
+            dropped: dropped.into_iter().map(|record| record.id).collect(),
         };
         if snapshot != self.snapshot {
             snapshot.version += 1;
@@ -547,7 +709,7 @@ impl State {
     /// What is missing until a keyspace is served, in words.
     fn waiting_for(&self, now: Duration) -> String {
         let up = self.up(now).count();
-        let Some(known) = self.records.values().next() else {
+        let Some(known) = self.records.values().find(|known| !known.record.dropped) else {
             return if self.cluster == ClusterId(0) {
                 let needed = self.limits.bootstrap_stores;
                 format!("{up} of {needed} stores registered; keyspace {FIRST_KEYSPACE_NAME} is created when all are")
@@ -574,11 +736,12 @@ enum Altered {
 }
 
 fn stores_of(record: &KeyspaceRecord) -> BTreeSet<StoreId> {
-    record
-        .shards
-        .iter()
-        .flat_map(|shard| std::iter::once(shard.primary).chain(shard.replicas.iter().copied()))
-        .collect()
+    holders(record).collect()
+}
+
+/// The store of each copy of each shard.
+fn holders(record: &KeyspaceRecord) -> impl Iterator<Item = StoreId> {
+    record.shards.iter().flat_map(|shard| std::iter::once(shard.primary).chain(shard.replicas.iter().copied()))
 }
 
 /// The stores with shards of the record that have not said that they hold it as members of the cluster.
@@ -629,11 +792,12 @@ mod tests {
             Report {
                 store: StoreId(store),
                 address: format!("store-{store}:1"),
-                protocol_version: SETTINGS_VERSION,
+                protocol_version: DROP_VERSION,
                 cluster: self.cluster,
                 records: Some(self.records.values().cloned().collect()),
                 free_disk_bytes: 1 << 40,
                 fsync: Some(Fsync::EverySecond),
+                site: Site::default(),
                 failure: String::new(),
             }
         }
@@ -1118,6 +1282,253 @@ mod tests {
             for record in &confirmed {
                 prop_assert_eq!(by_epoch.get(&record.epoch), Some(&record));
                 prop_assert!(record.epoch <= last.epoch);
+            }
+        }
+    }
+
+    /// The cluster of the tests of keyspaces: what is lost and what arrives is chosen step by step.
+    struct World {
+        state: State,
+        disks: BTreeMap<u32, Disk>,
+        sessions: BTreeMap<u32, SessionId>,
+        lost: BTreeSet<SessionId>,
+        next: u64,
+        now: Duration,
+    }
+
+    const STORES: u32 = 3;
+
+    impl World {
+        fn new() -> Self {
+            let (state, disks) = bootstrapped(2, STORES);
+            // Sessions of the bootstrap live on under the same numbers.
+            let sessions = (1..=STORES).map(|store| (store, SessionId(u64::from(store)))).collect();
+            Self { state, disks, sessions, lost: BTreeSet::new(), next: 100, now: at_ms(1) }
+        }
+
+        /// Each store gets its directives, the one in `budget` only the first so many; what is not carried out is lost with its session.
+        fn deliver(&mut self, effects: Vec<Effect>, mut budget: BTreeMap<SessionId, usize>) {
+            for effect in effects {
+                if self.lost.contains(&effect.session) || effect.action == Action::Acknowledge {
+                    continue;
+                }
+                let receiver = self.sessions.iter().find(|(_, session)| **session == effect.session);
+                let Some(receiver) = receiver.map(|(store, _)| *store) else { continue };
+                let left = budget.entry(effect.session).or_insert(usize::MAX);
+                if *left > 0 {
+                    *left -= 1;
+                    self.disks.get_mut(&receiver).unwrap().carry_out(effect.action);
+                } else {
+                    self.sessions.remove(&receiver);
+                    self.lost.insert(effect.session);
+                }
+            }
+        }
+
+        fn report(&mut self, store: u32, carries_out: usize) {
+            let session = *self.sessions.entry(store).or_insert_with(|| {
+                self.next += 1;
+                SessionId(self.next)
+            });
+            let report = self.disks[&store].report(store);
+            let effects = self.state.apply(Event::Reported { session, report }, self.now);
+            self.deliver(effects, BTreeMap::from([(session, carries_out)]));
+        }
+
+        fn create(&mut self, name: &str) {
+            self.next += 1;
+            let settings = Settings::default();
+            let creation = Creation { name: name.to_owned(), shards: Some(2), copies: 1, settings, may_exist: false };
+            let request = RequestId(self.next);
+            let effects = self.state.apply(Event::CreateRequested { request, creation }, self.now);
+            self.deliver(effects, BTreeMap::new());
+        }
+
+        fn drop(&mut self, name: &str) {
+            self.next += 1;
+            let (request, name) = (RequestId(self.next), name.to_owned());
+            let effects = self.state.apply(Event::DropRequested { request, name }, self.now);
+            self.deliver(effects, BTreeMap::new());
+        }
+
+        fn stop_store(&mut self, store: u32) {
+            if let Some(session) = self.sessions.remove(&store) {
+                let effects = self.state.apply(Event::SessionEnded { session }, self.now);
+                self.deliver(effects, BTreeMap::new());
+            }
+        }
+
+        fn restart_master(&mut self) {
+            self.state = State::new(limits(2, STORES as usize));
+            self.sessions.clear();
+        }
+
+        /// All come back for good.
+        fn settle(&mut self) {
+            for store in 1..=STORES {
+                self.stop_store(store);
+                // Those of the function below, of which a directive may have been lost.
+                let session = SessionId(u64::from(store));
+                self.state.apply(Event::SessionEnded { session }, self.now);
+                self.lost.remove(&session);
+            }
+            self.now += Duration::from_secs(10);
+            settle(&mut self.state, &mut self.disks, self.now);
+            self.sessions = (1..=STORES).map(|store| (store, SessionId(u64::from(store)))).collect();
+        }
+
+        fn answers(&mut self) -> Vec<Result<KeyspaceRecord, String>> {
+            let answers = self.state.take_answers();
+            answers.into_iter().map(|(_, result)| result.map_err(|error| error.to_string())).collect()
+        }
+
+        fn names(&self) -> Vec<String> {
+            self.state.snapshot().keyspaces.iter().map(|record| record.name.clone()).collect()
+        }
+    }
+
+    #[test]
+    fn a_keyspace_is_created_everywhere_and_its_end_reaches_a_store_that_was_away() {
+        let mut world = World::new();
+        world.create("a");
+        (1..=STORES).for_each(|store| world.report(store, 9));
+        let record = world.answers().remove(0).unwrap();
+        assert_eq!((world.names(), record.epoch), (vec!["0".to_owned(), "a".to_owned()], Epoch(1)));
+        assert!(world.disks.values().all(|disk| disk.records[&record.id] == record));
+        world.create("a");
+        assert_eq!(world.answers(), [Err("keyspace a exists already; nothing was changed".to_owned())]);
+
+        // One of its stores is away.
+        let away = record.shards[0].primary.0;
+        world.stop_store(away);
+        world.drop("a");
+        (1..=STORES).filter(|store| *store != away).for_each(|store| world.report(store, 9));
+        let dropped = world.answers().remove(0).unwrap();
+        assert_eq!(dropped, record.as_dropped());
+        assert_eq!((world.names(), world.state.snapshot().dropped.len()), (vec!["0".to_owned()], 1));
+        // It is back, before and after the master has been restarted.
+        for _ in 0..2 {
+            world.report(away, 9);
+            world.report(away, 9);
+            assert_eq!(world.disks[&away].records[&record.id], dropped);
+            world.settle();
+            assert_eq!(world.names(), ["0"]);
+            world.restart_master();
+        }
+        world.settle();
+        world.create("a");
+        (1..=STORES).for_each(|store| world.report(store, 9));
+        world.settle();
+        let again = world.answers().remove(0).unwrap();
+        assert!(again.id > record.id, "an id is never used twice");
+        assert_eq!(world.names(), ["0", "a"]);
+    }
+
+    #[test]
+    fn without_most_stores_nothing_is_created_or_dropped() {
+        let mut world = World::new();
+        world.create("a");
+        world.settle();
+        world.answers();
+        world.stop_store(1);
+        world.stop_store(2);
+        world.create("b");
+        world.drop("a");
+        let answers = world.answers();
+        assert!(
+            answers.iter().all(|answer| answer.as_ref().is_err_and(|text| text.starts_with("1 of 3 known"))),
+            "{answers:?}"
+        );
+        world.settle();
+        assert_eq!(world.names(), ["0", "a"]);
+    }
+
+    #[test]
+    fn a_new_store_gets_many_records_bit_by_bit() {
+        let mut world = World::new();
+        for number in 0..40 {
+            world.create(&format!("k{number}"));
+            world.settle();
+        }
+        world.disks.insert(9, Disk::default());
+        let report = world.disks[&9].report(9);
+        let effects = world.state.apply(Event::Reported { session: SessionId(9), report }, world.now);
+        let puts = effects.iter().filter(|effect| matches!(effect.action, Action::PutRecord(_))).count();
+        assert_eq!(puts, RECORDS_UNDER_WAY_MAX);
+        effects.into_iter().for_each(|effect| world.disks.get_mut(&9).unwrap().carry_out(effect.action));
+        settle(&mut world.state, &mut world.disks, world.now);
+        assert_eq!(world.disks[&9], world.disks[&1]);
+    }
+
+    #[derive(Clone, Debug)]
+    enum Turn {
+        Create(u8),
+        Drop(u8),
+        Report { store: u32, carries_out: usize },
+        StoreStops(u32),
+        MasterRestarts,
+        TimePasses(u64),
+    }
+
+    fn turn() -> impl Strategy<Value = Turn> {
+        prop_oneof![
+            8 => (1..=STORES, 0usize..4).prop_map(|(store, carries_out)| Turn::Report { store, carries_out }),
+            2 => (1..=STORES).prop_map(Turn::StoreStops),
+            1 => Just(Turn::MasterRestarts),
+            3 => (0u8..3).prop_map(Turn::Create),
+            3 => (0u8..3).prop_map(Turn::Drop),
+            1 => (0u64..3_000).prop_map(Turn::TimePasses),
+        ]
+    }
+
+    proptest! {
+        /// Whatever is lost and restarted on the way: what was answered as created is there unless it was to be dropped, what was answered as
+        /// dropped is gone, no name is used twice at a time, and no id ever.
+        #[test]
+        fn no_keyspace_is_lost_and_none_comes_back(turns in prop::collection::vec(turn(), 0..80)) {
+            let mut world = World::new();
+            let mut created: Vec<KeyspaceRecord> = Vec::new();
+            let (mut dropped, mut meant): (BTreeSet<KeyspaceId>, BTreeSet<String>) = Default::default();
+            let mut names: BTreeMap<KeyspaceId, String> = BTreeMap::new();
+            for turn in turns {
+                world.now += at_ms(1);
+                match turn {
+                    Turn::Create(number) => world.create(&format!("k{number}")),
+                    Turn::Drop(number) => {
+                        let name = format!("k{number}");
+                        meant.insert(name.clone());
+                        world.drop(&name);
+                    }
+                    Turn::Report { store, carries_out } => world.report(store, carries_out),
+                    Turn::StoreStops(store) => world.stop_store(store),
+                    Turn::MasterRestarts => world.restart_master(),
+                    Turn::TimePasses(ms) => {
+                        world.now += at_ms(ms);
+                        let effects = world.state.apply(Event::TimePassed, world.now);
+                        world.deliver(effects, BTreeMap::new());
+                    }
+                }
+                for record in world.answers().into_iter().flatten() {
+                    if record.dropped { dropped.insert(record.id); } else { created.push(record); }
+                }
+                for record in world.disks.values().flat_map(|disk| disk.records.values()) {
+                    prop_assert_eq!(names.entry(record.id).or_insert_with(|| record.name.clone()), &record.name);
+                }
+            }
+            world.settle();
+            let snapshot = world.state.snapshot();
+            for record in &created {
+                let lives = snapshot.keyspace(record.id) == Some(record);
+                prop_assert!(lives || meant.contains(&record.name), "{record:?} is lost");
+            }
+            for keyspace in &dropped {
+                prop_assert!(snapshot.keyspace(*keyspace).is_none(), "{keyspace} is back");
+                prop_assert!(snapshot.dropped.contains(keyspace));
+            }
+            let living: BTreeSet<&str> = snapshot.keyspaces.iter().map(|record| record.name.as_str()).collect();
+            prop_assert_eq!(living.len(), snapshot.keyspaces.len(), "a name twice: {:?}", snapshot.keyspaces);
+            for disk in world.disks.values() {
+                prop_assert_eq!(disk, &world.disks[&1]);
             }
         }
     }

@@ -97,6 +97,7 @@ impl Store {
             free_disk_bytes: 1 << 40,
             failure: String::new(),
             fsync: pb::Fsync::EverySecond.into(),
+            ..pb::StoreReport::default()
         }
     }
 

@@ -83,6 +83,14 @@ pub const MASTER_LOST: CommandError = CommandError::fixed(
 pub const NO_KEYSPACE: CommandError =
     CommandError::fixed("CLUSTERDOWN this keyspace is not served yet; nothing was executed");
 
+/// Nothing was executed: the keyspace that the connection chose is no more.
+pub const KEYSPACE_DROPPED: CommandError =
+    CommandError::fixed("ERR the keyspace of this connection was dropped; SELECT another one");
+/// Databases are keyspaces with shards of their own: nothing changes two of them at once.
+pub const NOT_BETWEEN_KEYSPACES: CommandError = CommandError::fixed(
+    "ERR databases have shards of their own and nothing moves between them at once; use DUMP and RESTORE; nothing was executed",
+);
+
 /// The store cannot say whether the command was executed: its disk failed meanwhile.
 pub fn unknown_outcome(reason: &str) -> CommandError {
     format!("UNKNOWN the command may or may not have been executed: {}", single_line(reason)).into()

@@ -20,10 +20,14 @@ pub mod pb {
 /// Version of the conversation between roles; adjacent versions must work together (rolling restart).
 ///
 /// 2: records have settings, and the master alters them once every store is that new.
-pub const PROTOCOL_VERSION: u32 = 2;
+/// 3: keyspaces are created and dropped; a store before would keep the record of a dropped one as that of one that lives.
+pub const PROTOCOL_VERSION: u32 = 3;
 
 /// The first version whose stores keep the settings in a record.
 pub const SETTINGS_VERSION: u32 = 2;
+
+/// The first version whose stores know that a keyspace can be dropped.
+pub const DROP_VERSION: u32 = 3;
 
 /// What `redis_version` in INFO and `version` in HELLO say: the Redis whose answers ours equal.
 pub const REDIS_VERSION: &str = "7.0.15";

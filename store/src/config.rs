@@ -31,6 +31,10 @@ pub struct Config {
     pub listen: SocketAddr,
     /// host:port where gateways reach the store; the bound address if not given.
     pub advertise: Option<String>,
+    /// The part of the house that fails as one; empty = not told.
+    pub zone: String,
+    /// Words for whoever runs the store.
+    pub tags: Vec<String>,
     /// Threads that run batches; 0 = one for each core.
     pub workers: usize,
     /// Threads that wait for the disk.
@@ -58,6 +62,8 @@ impl Default for Config {
             data: PathBuf::from("data"),
             listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
             advertise: None,
+            zone: String::new(),
+            tags: Vec::new(),
             workers: 0,
             lane_threads: 16,
             memory: MemoryConfig::default(),

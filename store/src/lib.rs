@@ -10,6 +10,7 @@ mod engine;
 mod metrics;
 mod node;
 pub mod registration;
+mod removal;
 mod reopening;
 mod rpc;
 mod shard;

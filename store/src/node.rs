@@ -5,6 +5,7 @@ use crate::config::{Config, Limits};
 use crate::engine::garbage::replicated_ns;
 use crate::engine::{Engine, EngineError};
 use crate::metrics::Counters;
+use crate::removal::{Dropped, Removal, left_behind};
 use crate::reopening::{Opener, Reopening};
 use crate::rpc;
 use crate::shard::durability::{SYNC_THREADS, SyncBell};
@@ -114,6 +115,8 @@ struct Node {
     threads: Mutex<Vec<JoinHandle<()>>>,
     /// Dropped to end the thread that hands figures to the recorder.
     exporting: Mutex<Option<mpsc::Sender<()>>>,
+    /// Dropped to end the thread that deletes shards of dropped keyspaces.
+    removing: Mutex<Option<mpsc::Sender<Dropped>>>,
     closed: Arc<AtomicBool>,
     /// Held while the store lives, so that no second process opens the folder.
     _lock: File,
@@ -156,17 +159,22 @@ impl Store {
             records: Arc::new(Mutex::new(records)),
             threads: Mutex::default(),
             exporting: Mutex::default(),
+            removing: Mutex::default(),
             closed: Arc::default(),
             config,
             _lock: lock,
         };
+        node.start_threads().map_err(OpenError::Thread)?;
+        let shards = node.config.data.join("shards");
+        for key in left_behind(&node.config.data, &node.records.lock()).map_err(io_error(&shards))? {
+            node.remove(Dropped { key, shard: None });
+        }
         for record in node.records.lock().values() {
             if let Err(error) = node.open_shards(record) {
                 // The others serve; the gate refuses this one with the reason.
                 tracing::error!(%error, "a shard is not served");
             }
         }
-        node.start_threads().map_err(OpenError::Thread)?;
         Ok(Self { node: Arc::new(node) })
     }
 
@@ -250,6 +258,21 @@ impl StoreHandle {
         self.node.config.fsync
     }
 
+    /// The zone and the tags that it was told.
+    pub fn zone_and_tags(&self) -> (&str, &[String]) {
+        (&self.node.config.zone, &self.node.config.tags)
+    }
+
+    /// The machine, and the file system of the data folder on it; empty if that cannot be told.
+    pub fn host_and_disk(&self) -> (String, String) {
+        let host = fs::read_to_string("/proc/sys/kernel/random/boot_id").map(|id| id.trim().to_owned());
+        let (Ok(host), Ok(status)) = (host, rustix::fs::stat(&self.node.config.data)) else {
+            return (String::new(), String::new());
+        };
+        let disk = format!("{host}/{}", status.st_dev);
+        (host, disk)
+    }
+
     /// Bytes free on the disk of the data folder; 0 if that cannot be told.
     pub fn free_disk_bytes(&self) -> u64 {
         rustix::fs::statvfs(&self.node.config.data).map_or(0, |disk| disk.f_bavail * disk.f_frsize)
@@ -301,6 +324,10 @@ impl Node {
             let thread = std::thread::Builder::new().name(format!("store-sync-{number}"));
             threads.push(thread.spawn(move || SyncBell::run(&core))?);
         }
+        let (removal, removing) = Removal::new(&core, &self.config.data);
+        let thread = std::thread::Builder::new().name("store-removal".into());
+        threads.push(thread.spawn(move || removal.run())?);
+        *self.removing.lock() = Some(removing);
         let (exporting, ended) = mpsc::channel();
         let thread = std::thread::Builder::new().name("store-figures".into());
         threads.push(thread.spawn(move || Counters::run(&core, &ended))?);
@@ -332,6 +359,7 @@ impl Node {
         self.core.sync_bell.stop();
         self.core.alarm.stop();
         self.exporting.lock().take();
+        self.removing.lock().take();
         for thread in self.threads.lock().drain(..) {
             let name = thread.thread().name().unwrap_or_default().to_owned();
             if thread.join().is_err() {
@@ -359,7 +387,7 @@ impl Node {
         }
         let is_known = match records.get(&record.id) {
             Some(own) if own.epoch > record.epoch => return Ok(()),
-            Some(own) if own.epoch == record.epoch && *own != record => {
+            Some(own) if own.contradicts(&record) => {
                 return Err(PutRecordError::Conflict { keyspace: record.id, epoch: record.epoch.0 });
             }
             Some(own) => own.epoch == record.epoch,
@@ -385,8 +413,17 @@ impl Node {
         let fsync = record.settings.fsync.unwrap_or(self.config.fsync);
         let mut result = Ok(());
         let own: Vec<_> = record.shards_of(self.id).collect();
-        for key in shards.current().keys() {
-            if key.keyspace == record.id && own.iter().all(|(shard, _)| *shard != key.shard) {
+        let current = shards.current();
+        for key in current.keys() {
+            if record.dropped && key.keyspace == record.id {
+                shards.set(key, None);
+                let shard = match current.entry(key) {
+                    Some(Entry::Serving(shard)) => Some(Arc::clone(shard)),
+                    // Who closes it has the folder open for a while yet; it goes all the same.
+                    Some(Entry::Opening | Entry::Closing(_) | Entry::Failed(_)) | None => None,
+                };
+                self.remove(Dropped { key, shard });
+            } else if key.keyspace == record.id && own.iter().all(|(shard, _)| *shard != key.shard) {
                 shards.set(key, None);
             }
         }
@@ -410,6 +447,16 @@ impl Node {
             }
         }
         result
+    }
+}
+
+impl Node {
+    /// Has the folder of a shard deleted whose keyspace was dropped; if the store is stopping, its next start does it.
+    fn remove(&self, dropped: Dropped) {
+        if let Some(removing) = &*self.removing.lock() {
+            // The thread lives as long as this sender.
+            let _ = removing.send(dropped);
+        }
     }
 }
 

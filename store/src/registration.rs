@@ -165,7 +165,9 @@ impl Registration {
     async fn report(&self, records: Records, failure: String) -> pb::StoreReport {
         let handle = self.handle.clone();
         // Asking the file system may block.
-        let asked = tokio::task::spawn_blocking(move || handle.free_disk_bytes()).await;
+        let asked = tokio::task::spawn_blocking(move || (handle.free_disk_bytes(), handle.host_and_disk())).await;
+        let (free_disk_bytes, (host, disk)) = asked.unwrap_or_default();
+        let (zone, tags) = self.handle.zone_and_tags();
         let has_records = match records {
             Records::All => true,
             Records::Unchanged => false,
@@ -177,7 +179,11 @@ impl Registration {
             protocol_version: PROTOCOL_VERSION,
             records: if has_records { self.handle.records().iter().map(Into::into).collect() } else { Vec::new() },
             has_records,
-            free_disk_bytes: asked.unwrap_or_default(),
+            free_disk_bytes,
+            zone: zone.to_owned(),
+            tags: tags.to_vec(),
+            disk,
+            host,
             failure,
             fsync: Fsync::code(Some(self.handle.fsync())),
         }

@@ -66,7 +66,8 @@ impl Opener {
         let table = SlotTable::new(record.shard_count());
         let fsync = record.settings.fsync.unwrap_or(self.config.fsync);
         let opened = self.core.engine.open(&folder, rules).and_then(|database| {
-            Shard::new(key, described.epoch, self.store, &table, database, fsync, &self.core.alarm)
+            let number = record.name.parse().ok();
+            Shard::new(key, described.epoch, self.store, &table, database, fsync, &self.core.alarm, number)
         });
         match opened {
             Ok(shard) => {

@@ -112,6 +112,14 @@ pub struct StoreOptions {
     #[arg(long, value_name = "FOLDER", default_value = "./data/store-1")]
     pub data: PathBuf,
 
+    /// The room, rack or zone that fails as one with what else is in it; copies of one shard keep apart where they can [default: not told].
+    #[arg(long, value_name = "NAME", default_value = "", hide_default_value = true)]
+    pub zone: String,
+
+    /// Words that STORES shows; separate by commas, or repeat it [default: none].
+    #[arg(long, value_name = "WORD", value_delimiter = ',')]
+    pub tags: Vec<String>,
+
     /// Threads that run commands; 0 = one per core.
     #[arg(long, value_name = "COUNT", default_value_t = 0)]
     pub workers: usize,
@@ -165,7 +173,7 @@ pub struct ProcessOptions {
     pub metrics_addr: Option<SocketAddr>,
 }
 
-/// What concerns clients: all but the first two can also be changed with CONFIG SET.
+/// What concerns clients: all but the first two and `databases` can also be changed with CONFIG SET.
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Clients")]
 pub struct ClientOptions {
@@ -204,6 +212,10 @@ pub struct ClientOptions {
     /// Seconds after which a client that takes nothing of its replies is disconnected.
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub output_stall_timeout: u64,
+
+    /// SELECT takes numbers below this; one whose keyspace does not exist is created by its first SELECT.
+    #[arg(long, value_name = "COUNT", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub databases: u32,
 
     /// Milliseconds after which a command that no store has answered fails.
     #[arg(long, value_name = "MILLISECONDS", default_value_t = 5000)]
@@ -365,6 +377,7 @@ mod tests {
         assert_eq!(clients.client_query_buffer_limit.0, gateway.client_query_buffer_limit);
         assert_eq!(clients.output_buffer_limit.0, gateway.output_buffer_limit);
         assert_eq!(clients.output_stall_timeout, gateway.output_stall_timeout.as_secs());
+        assert_eq!(clients.databases, gateway.databases);
         assert_eq!(u128::from(clients.request_deadline_ms), gateway.request_deadline.as_millis());
         let (storage, store) = (options.storage, vasto_store::Config::default());
         assert_eq!(storage.row_cache.0, store.memory.row_cache_bytes);

@@ -102,7 +102,15 @@ mod tests {
         assert_eq!(lacking(&snapshot).as_deref(), Some("no master has answered yet"));
         snapshot.waiting_for = "1 of 2 stores".to_owned();
         assert_eq!(lacking(&snapshot).as_deref(), Some("1 of 2 stores"));
-        let store = |id, up| StoreInfo { id: StoreId(id), address: String::new(), up, free_disk_bytes: 0, fsync: None };
+        let store = |id, up| StoreInfo {
+            id: StoreId(id),
+            address: String::new(),
+            up,
+            free_disk_bytes: 0,
+            fsync: None,
+            zone: String::new(),
+            tags: Vec::new(),
+        };
         snapshot.stores = vec![store(1, true), store(2, false)];
         let primaries = [2, 1, 2].map(StoreId);
         snapshot.keyspaces = vec![KeyspaceRecord::new(FIRST_KEYSPACE, "0", &primaries).unwrap()];

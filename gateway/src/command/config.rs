@@ -2,7 +2,7 @@
 
 use super::{Ask, Context, Next, Round, ShardRequest};
 use crate::settings::Changes;
-use crate::upstream::masters::Alteration;
+use crate::upstream::masters::{Alteration, Change};
 use vasto_proto::command::{Args, Reply};
 use vasto_proto::error::{self, CommandError};
 use vasto_proto::topology::{KeyspaceRecord, Settings};
@@ -42,7 +42,7 @@ pub fn set(context: &mut Context<'_>, mut args: Args<'_>) -> Result<Next, Comman
 /// Changes a keyspace, and when that has succeeded, this gateway.
 pub fn alter(keyspace: &KeyspaceRecord, of_keyspace: Settings, here: Changes) -> Next {
     let alteration = Alteration { name: keyspace.name.clone(), changes: of_keyspace };
-    Next::AskMaster(alteration, Box::new(Alter { here }))
+    Next::AskMaster(Change::Alter(alteration), Box::new(Alter { here }))
 }
 
 /// Waits for the master's answer. Nothing here can fail any more, so that all changes are made or none is.
@@ -113,7 +113,7 @@ mod tests {
         let settings = Settings { fsync: Some(Fsync::Always) };
         let expected = Alteration { name: "users".to_owned(), changes: settings.clone() };
         assert_eq!(harness.run("CONFIG SET hz 20 AppendFsync ALWAYS timeout 5"), "OK");
-        assert_eq!(harness.altered, Some(expected));
+        assert_eq!(harness.asked_master, Some(Change::Alter(expected)));
         assert_eq!(harness.run("CONFIG GET hz timeout"), r#"{"hz": "20", "timeout": "5"}"#);
         harness.master = packed(|reply| reply.error("ERR stores 0000000b of keyspace users are down"));
         assert_eq!(harness.run("CONFIG SET hz 30 appendfsync no"), "-ERR stores 0000000b of keyspace users are down");
@@ -121,7 +121,7 @@ mod tests {
         // What is wrong here asks nobody.
         for line in ["CONFIG SET appendfsync no hz x", "CONFIG SET appendfsync sometimes", "CONFIG SET hz 25"] {
             harness.run(line);
-            assert_eq!(harness.altered, None, "{line}");
+            assert_eq!(harness.asked_master, None, "{line}");
         }
         // What is shown is what the record says.
         let mut snapshot = Snapshot::clone(&harness.routing.snapshot);

@@ -1,6 +1,7 @@
 //! Commands on the connection itself: its protocol, its keyspace, its end.
 
 use super::client;
+use super::keyspaces;
 use super::{Context, Next};
 use crate::routing::Routing;
 use crate::session::{Protocol, ReplyMode};
@@ -103,11 +104,28 @@ pub fn auth(context: &mut Context<'_>, mut args: Args<'_>) -> Result<Next, Comma
 }
 
 pub fn select(context: &mut Context<'_>, mut args: Args<'_>) -> Result<Next, CommandError> {
-    let keyspace = find_keyspace(context.routing, args.bytes()?)?;
+    let name = args.bytes()?;
+    match find_keyspace(context.routing, name) {
+        Ok(keyspace) => {
+            choose(context, keyspace, name);
+            Ok(Next::Replied)
+        }
+        Err(error) => database_to_create(context, name).map(keyspaces::create_database).ok_or(error),
+    }
+}
+
+/// Makes a keyspace that of the connection, and answers so.
+pub fn choose(context: &mut Context<'_>, keyspace: KeyspaceId, name: &[u8]) {
     context.session.keyspace = keyspace;
-    context.session.client.set_keyspace(keyspace.0);
+    context.session.client.set_keyspace(&String::from_utf8_lossy(name));
     context.reply().ok();
-    Ok(Next::Replied)
+}
+
+/// The number of a database that has no keyspace yet and may have one.
+pub fn database_to_create(context: &Context<'_>, name: &[u8]) -> Option<i64> {
+    let databases: i64 = context.shared.settings.text("databases").parse().unwrap_or_default();
+    let is_missing = find_keyspace(context.routing, name).is_err();
+    parse_integer(name).filter(|number| is_missing && (0..databases).contains(number))
 }
 
 /// The keyspace that SELECT means: the one of this name. Redis's numbers are names like others; keyspace 0 exists always, even while the
@@ -136,7 +154,7 @@ pub fn reset(context: &mut Context<'_>, _args: Args<'_>) -> Result<Next, Command
     session.reply_mode = ReplyMode::On;
     session.keyspace = KeyspaceId(0);
     session.client.set_queued_commands(None);
-    session.client.set_keyspace(0);
+    session.client.set_keyspace("0");
     session.client.change_names(|names| names.name.clear());
     set_protocol(context, Protocol::Resp2);
     context.reply().simple("RESET");

@@ -3,7 +3,7 @@
 use crate::routing::Routing;
 use crate::session::Session;
 use crate::shared::Shared;
-use crate::upstream::masters::Alteration;
+use crate::upstream::masters::Change;
 use std::time::Duration;
 use vasto_proto::command::ReplyWriter;
 use vasto_proto::command::table::StoreCommand;
@@ -38,7 +38,7 @@ pub enum Next {
     /// Shards are asked first; until the reply is known the connection's later commands wait.
     Ask(Box<dyn Ask>),
     /// The master is asked for a change first; its packed answer is the one answer of the first round.
-    AskMaster(Alteration, Box<dyn Ask>),
+    AskMaster(Change, Box<dyn Ask>),
     /// The reply is written; it leaves, and later commands run, after this time.
     RepliedAfter(Duration),
     /// The process stops; nothing is answered.

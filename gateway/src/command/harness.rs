@@ -5,7 +5,7 @@ use crate::routing::Routing;
 use crate::session::Session;
 use crate::settings::{Config, Settings};
 use crate::shared::Shared;
-use crate::upstream::masters::{Alteration, Masters};
+use crate::upstream::masters::{Change, Masters};
 use std::fmt::Write as _;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
@@ -28,7 +28,7 @@ pub struct Harness {
     pub closes: bool,
     pub delay: Option<Duration>,
     /// What the last command asked of the master, and what the master answers.
-    pub altered: Option<Alteration>,
+    pub asked_master: Option<Change>,
     pub master: Vec<u8>,
 }
 
@@ -51,13 +51,15 @@ impl Harness {
             up: id.0 == 0xa,
             free_disk_bytes: 1 << 30,
             fsync: Some(Fsync::EverySecond),
+            zone: if id.0 == 0xb { "cellar".to_owned() } else { String::new() },
+            tags: if id.0 == 0xb { vec!["ssd".to_owned(), "old".to_owned()] } else { Vec::new() },
         };
         let snapshot = Snapshot {
             cluster: ClusterId(0xc),
             version: 7,
             stores: stores.iter().copied().map(info).collect(),
             keyspaces: vec![record(0, "0", &[stores[0], stores[1], stores[0]]), record(5, "users", &[stores[1]])],
-            waiting_for: String::new(),
+            ..Snapshot::default()
         };
         let config = Config { data_directory: Some("./data".to_owned()), ..Config::default() };
         let shared = Shared {
@@ -81,7 +83,7 @@ impl Harness {
             routing: Routing::new(Arc::new(snapshot)),
             closes: false,
             delay: None,
-            altered: None,
+            asked_master: None,
             master,
         }
     }
@@ -106,7 +108,7 @@ impl Harness {
         };
         let args = Args::new(Arguments::parse(&line.packed_arguments, line.argument_count).expect("packed above"));
         let mut reply = Vec::new();
-        (self.closes, self.delay, self.altered) = (false, None, None);
+        (self.closes, self.delay, self.asked_master) = (false, None, None);
         let next = handler(command)(&mut self.context(&mut reply), args);
         match next {
             Ok(Next::Replied) => {}
@@ -114,8 +116,8 @@ impl Harness {
             Ok(Next::RepliedAfter(delay)) => self.delay = Some(delay),
             Ok(Next::Silent) => return "(silent)".to_owned(),
             Ok(Next::Shutdown) => return "(shutdown)".to_owned(),
-            Ok(Next::AskMaster(alteration, ask)) => {
-                self.altered = Some(alteration);
+            Ok(Next::AskMaster(change, ask)) => {
+                self.asked_master = Some(change);
                 let answers = vec![self.master.clone()];
                 if let Err(error) = self.drive_on(ask, answers, &mut reply, shards) {
                     return format!("-{}", error.text());

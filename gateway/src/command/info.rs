@@ -408,7 +408,10 @@ fn latency_stats(text: &mut Text, context: &Context<'_>) {
 
 fn keyspace(text: &mut Text, figures: &Figures) {
     text.section("Keyspace");
-    for keyspace in figures.keyspaces.iter().filter(|keyspace| keyspace.sum("keys") > 0) {
+    let mut keyspaces: Vec<_> = figures.keyspaces.iter().filter(|keyspace| keyspace.sum("keys") > 0).collect();
+    // Databases by their numbers, as in Redis, then the others.
+    keyspaces.sort_by_key(|keyspace| (keyspace.name.parse::<u32>().unwrap_or(u32::MAX), &keyspace.name));
+    for keyspace in keyspaces {
         let (keys, expires, avg_ttl) = (keyspace.sum("keys"), keyspace.sum("expires"), keyspace.avg_ttl());
         text.field(
             format_args!("db{}", keyspace.name),

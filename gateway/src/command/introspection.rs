@@ -32,9 +32,9 @@ fn categories(spec: &CommandSpec) -> Vec<&'static str> {
     let is_command = spec.name == "command" || spec.name.starts_with("command|");
     let of_connection = spec.group == "connection" && !container || is_command || spec.name == "wait";
     let of_keyspace = spec.group == "generic" && !container && spec.name != "wait"
-        || matches!(spec.name, "dbsize" | "flushdb" | "flushall");
-    let dangerous =
-        has(Flags::ADMIN) || matches!(spec.name, "keys" | "flushdb" | "flushall" | "info" | "restore" | "lastsave");
+        || matches!(spec.name, "dbsize" | "flushdb" | "flushall" | "swapdb");
+    let dangerous = has(Flags::ADMIN)
+        || matches!(spec.name, "keys" | "flushdb" | "flushall" | "info" | "restore" | "lastsave" | "swapdb");
     [
         (of_keyspace, "keyspace"),
         (has(Flags::READONLY), "read"),

@@ -10,6 +10,7 @@ pub mod context;
 pub mod figures;
 pub mod info;
 pub mod introspection;
+pub mod keyspaces;
 pub mod memory;
 pub mod pattern;
 pub mod scan;

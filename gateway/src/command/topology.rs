@@ -80,7 +80,7 @@ pub fn stores(context: &mut Context<'_>, _args: Args<'_>) -> Result<Next, Comman
     reply.array(snapshot.stores.len());
     for store in &snapshot.stores {
         let shards: usize = snapshot.keyspaces.iter().map(|keyspace| keyspace.shards_of(store.id).count()).sum();
-        reply.map(5);
+        reply.map(7);
         fields(
             &mut reply,
             &[
@@ -89,8 +89,12 @@ pub fn stores(context: &mut Context<'_>, _args: Args<'_>) -> Result<Next, Comman
                 ("state", Value::Text(state(Some(store)))),
                 ("free_disk_bytes", Value::Number(store.free_disk_bytes)),
                 ("shards", Value::Number(shards as u64)),
+                ("zone", Value::Text(&store.zone)),
             ],
         );
+        reply.bulk(b"tags");
+        reply.array(store.tags.len());
+        store.tags.iter().for_each(|tag| reply.bulk(tag.as_bytes()));
     }
     Ok(Next::Replied)
 }
@@ -160,11 +164,12 @@ pub fn keyspace_alter(context: &mut Context<'_>, mut args: Args<'_>) -> Result<N
     Ok(alter(keyspace, settings, Changes::default()))
 }
 
-const UNKNOWN_FSYNC: CommandError = CommandError::fixed("ERR FSYNC is one of always, everysec, no");
+pub const UNKNOWN_FSYNC: CommandError = CommandError::fixed("ERR FSYNC is one of always, everysec, no");
 
 #[cfg(test)]
 mod tests {
     use crate::command::harness::Harness;
+    use crate::upstream::masters::Change;
 
     #[test]
     fn the_topology_is_an_array_of_maps() {
@@ -175,7 +180,7 @@ mod tests {
             > KEYSPACE LIST / < [{"name": "0", "id": 0, "epoch": 1, "copies": 1, "shards": 3, "fsync": "everysec"}, {"name": "users", "id": 5, "epoch": 1, "copies": 1, "shards": 1, "fsync": "everysec"}]
             > KEYSPACE INFO users / < {"name": "users", "id": 5, "epoch": 1, "copies": 1, "shards": 1, "fsync": "everysec", "layout": [{"shard": 0, "epoch": 1, "primary": "0000000b", "address": "10.0.0.11:7201", "state": "down", "replicas": []}]}
             > KEYSPACE INFO nosuch / < -ERR no such keyspace 'nosuch'
-            > STORES / < [{"id": "0000000a", "address": "10.0.0.10:7201", "state": "up", "free_disk_bytes": 1073741824, "shards": 2}, {"id": "0000000b", "address": "10.0.0.11:7201", "state": "down", "free_disk_bytes": 1073741824, "shards": 2}]
+            > STORES / < [{"id": "0000000a", "address": "10.0.0.10:7201", "state": "up", "free_disk_bytes": 1073741824, "shards": 2, "zone": "", "tags": []}, {"id": "0000000b", "address": "10.0.0.11:7201", "state": "down", "free_disk_bytes": 1073741824, "shards": 2, "zone": "cellar", "tags": ["ssd", "old"]}]
             "#,
         );
         let topology = harness.run("TOPOLOGY");
@@ -198,9 +203,9 @@ mod tests {
             > KEYSPACE ALTER users FSYNC no FSYNC / < -ERR syntax error
             "#,
         );
-        assert_eq!(harness.altered, None);
+        assert_eq!(harness.asked_master, None);
         assert_eq!(harness.run("KEYSPACE ALTER users fsync NO"), "OK");
-        let asked = harness.altered.expect("the master was asked");
+        let Some(Change::Alter(asked)) = harness.asked_master else { panic!("the master was asked") };
         assert_eq!((asked.name.as_str(), asked.changes.fsync), ("users", Some(vasto_proto::topology::Fsync::Never)));
     }
 }

@@ -1,6 +1,6 @@
 //! MULTI, EXEC, DISCARD, WATCH, UNWATCH: the queue lies in the session, one shard runs it as one operation.
 
-use super::connection::find_keyspace;
+use super::connection::{database_to_create, find_keyspace};
 use super::{Ask, Context, Next, Round, ShardRequest, handler};
 use crate::routing::Routing;
 use crate::session::{Protocol, QueuedCommand, Session, Transaction, WatchedKey};
@@ -121,6 +121,18 @@ pub fn exec(context: &mut Context<'_>, _args: Args<'_>) -> Result<Next, CommandE
     let (transaction, watched) = end(context.session).ok_or(CommandError::fixed("ERR EXEC without MULTI"))?;
     if transaction.is_broken {
         return Err(EXEC_ABORTED);
+    }
+    for queued in &transaction.commands {
+        if queued.command == Command::Gateway(GatewayCommand::Select) {
+            let name = arguments(queued)?.next().unwrap_or_default();
+            // The commands behind it mean that database, and nothing may be created between what is atomic.
+            if let Some(number) = database_to_create(context, name) {
+                let text = format!(
+                    "EXECABORT Transaction discarded because of: database {number} does not exist yet; SELECT it once before MULTI"
+                );
+                return Err(text.into());
+            }
+        }
     }
     let target = target(context.routing, context.session.keyspace, &transaction.commands, &watched)?;
     Ok(Next::Ask(Box::new(Exec {

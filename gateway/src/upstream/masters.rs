@@ -1,13 +1,14 @@
 //! Asks the master to change keyspaces, on behalf of a client that waits for the answer.
 
+use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::watch;
-use tonic::Code;
+use tonic::{Code, Response, Status};
 use vasto_proto::command::ReplyWriter;
 use vasto_proto::error::{self, CommandError};
-use vasto_proto::id::{Epoch, KeyspaceId};
+use vasto_proto::id::{KeyspaceId, StoreId};
 use vasto_proto::pb::master_client::MasterClient;
 use vasto_proto::topology::{KeyspaceRecord, Settings, Snapshot};
 use vasto_proto::{PROTOCOL_VERSION, net, pb};
@@ -22,6 +23,33 @@ const TOPOLOGY_TIMEOUT: Duration = Duration::from_secs(2);
 pub struct Alteration {
     pub name: String,
     pub changes: Settings,
+}
+
+/// A keyspace that is wanted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Creation {
+    pub name: String,
+    /// `None`: as many as keyspace `0` has.
+    pub shards: Option<u32>,
+    pub copies: u32,
+    pub settings: Settings,
+    /// One of this name that is there already is no error.
+    pub may_exist: bool,
+}
+
+/// What the master is asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Change {
+    Alter(Alteration),
+    Create(Creation),
+    /// The keyspace of this name.
+    Drop(String),
+}
+
+/// What has come of it.
+enum Changed {
+    Record(KeyspaceRecord),
+    Dropped { keyspace: KeyspaceId, stores_down: Vec<StoreId> },
 }
 
 /// The way to the masters.
@@ -46,12 +74,23 @@ impl Masters {
     }
 
     /// Asks the first master that can be reached, and returns the packed reply: OK when the change holds and this gateway knows it.
-    pub async fn alter(&self, alteration: Alteration) -> Vec<u8> {
+    pub async fn change(&self, change: Change) -> Vec<u8> {
         let mut reply = Vec::new();
-        match self.try_alter(&alteration).await {
-            Ok(record) => {
-                self.wait_for(record.id, record.epoch).await;
+        match self.try_change(&change).await {
+            Ok(Changed::Record(record)) => {
+                let knows = |known: &KeyspaceRecord| known.epoch >= record.epoch;
+                self.wait_until(|snapshot| snapshot.keyspace(record.id).is_some_and(knows)).await;
                 ReplyWriter::new(&mut reply).ok();
+            }
+            Ok(Changed::Dropped { keyspace, stores_down }) => {
+                self.wait_until(|snapshot| snapshot.dropped.contains(&keyspace)).await;
+                if stores_down.is_empty() {
+                    ReplyWriter::new(&mut reply).ok();
+                } else {
+                    let stores: Vec<String> = stores_down.iter().map(StoreId::to_string).collect();
+                    let text = format!("OK, stores {} delete their shards of it when they are back", stores.join(","));
+                    ReplyWriter::new(&mut reply).simple(&text);
+                }
             }
             Err(error) => ReplyWriter::new(&mut reply).error(error.text()),
         }
@@ -63,11 +102,11 @@ impl Masters {
         Arc::clone(&self.topology.borrow())
     }
 
-    async fn try_alter(&self, alteration: &Alteration) -> Result<KeyspaceRecord, CommandError> {
+    async fn try_change(&self, change: &Change) -> Result<Changed, CommandError> {
         let mut reason = "this gateway has no address of one".to_owned();
         for master in &self.addresses {
-            match ask(master, alteration).await {
-                Ok(record) => return Ok(record),
+            match ask(master, change).await {
+                Ok(changed) => return Ok(changed),
                 Err(Failure::NotSent(text)) => reason = text,
                 Err(Failure::Refused(text)) => return Err(one_line(&format!("ERR {text}"))),
                 Err(Failure::Lost(text)) => return Err(one_line(&format!("{} ({text})", error::MASTER_LOST.text()))),
@@ -76,35 +115,65 @@ impl Masters {
         Err(one_line(&format!("{} ({reason})", error::NO_MASTER.text())))
     }
 
-    async fn wait_for(&self, keyspace: KeyspaceId, epoch: Epoch) {
+    async fn wait_until(&self, knows: impl Fn(&Snapshot) -> bool) {
         let mut topology = self.topology.clone();
-        let knows = |snapshot: &Arc<Snapshot>| snapshot.keyspace(keyspace).is_some_and(|record| record.epoch >= epoch);
         // In vain: the change holds all the same, and the topology comes when it comes.
-        let _ = tokio::time::timeout(TOPOLOGY_TIMEOUT, topology.wait_for(knows)).await;
+        let _ = tokio::time::timeout(TOPOLOGY_TIMEOUT, topology.wait_for(|snapshot| knows(snapshot))).await;
     }
 }
 
-async fn ask(master: &str, alteration: &Alteration) -> Result<KeyspaceRecord, Failure> {
+async fn ask(master: &str, change: &Change) -> Result<Changed, Failure> {
     let endpoint = net::endpoint(master).map_err(|error| Failure::NotSent(error.to_string()))?;
     let channel = endpoint.connect().await.map_err(|error| Failure::NotSent(error.to_string()))?;
-    let request = pb::AlterKeyspaceRequest {
-        protocol_version: PROTOCOL_VERSION,
-        name: alteration.name.clone(),
-        settings: Some((&alteration.changes).into()),
-        // A setting is set, whatever it was: who comes last wins.
-        expected_epoch: 0,
-    };
     let mut client = MasterClient::new(channel);
-    let answer = tokio::time::timeout(ANSWER_TIMEOUT, client.alter_keyspace(request)).await;
+    let protocol_version = PROTOCOL_VERSION;
+    match change {
+        Change::Alter(alteration) => {
+            let request = pb::AlterKeyspaceRequest {
+                protocol_version,
+                name: alteration.name.clone(),
+                settings: Some((&alteration.changes).into()),
+                // A setting is set, whatever it was: who comes last wins.
+                expected_epoch: 0,
+            };
+            let response = answer(client.alter_keyspace(request)).await?;
+            changed(response.record)
+        }
+        Change::Create(creation) => {
+            let request = pb::CreateKeyspaceRequest {
+                protocol_version,
+                name: creation.name.clone(),
+                shards: creation.shards.unwrap_or_default(),
+                copies: creation.copies,
+                settings: Some((&creation.settings).into()),
+                may_exist: creation.may_exist,
+            };
+            let response = answer(client.create_keyspace(request)).await?;
+            changed(response.record)
+        }
+        Change::Drop(name) => {
+            let request = pb::DropKeyspaceRequest { protocol_version, name: name.clone() };
+            let response = answer(client.drop_keyspace(request)).await?;
+            let stores_down = response.stores_down.into_iter().map(StoreId).collect();
+            Ok(Changed::Dropped { keyspace: KeyspaceId(response.keyspace_id), stores_down })
+        }
+    }
+}
+
+async fn answer<T>(call: impl Future<Output = Result<Response<T>, Status>>) -> Result<T, Failure> {
+    let answer = tokio::time::timeout(ANSWER_TIMEOUT, call).await;
     let answer = answer.map_err(|_| Failure::Lost("the master does not answer".to_owned()))?;
     let response = answer.map_err(|status| match status.code() {
         Code::FailedPrecondition | Code::InvalidArgument => Failure::Refused(status.message().to_owned()),
         Code::Unimplemented => Failure::Refused("the master runs an older version; nothing was changed".to_owned()),
         _ => Failure::Lost(status.message().to_owned()),
     })?;
-    let record = response.into_inner().record.map(KeyspaceRecord::try_from);
-    match record {
-        Some(Ok(record)) => Ok(record),
+    Ok(response.into_inner())
+}
+
+fn changed(record: Option<pb::KeyspaceRecord>) -> Result<Changed, Failure> {
+    match record.map(KeyspaceRecord::try_from) {
+        Some(Ok(record)) => Ok(Changed::Record(record)),
         Some(Err(error)) => Err(Failure::Lost(error.to_string())),
         None => Err(Failure::Lost("the answer has no record".to_owned())),
     }
@@ -125,7 +194,7 @@ mod tests {
         let alteration = Alteration { name: "0".to_owned(), changes: Settings::default() };
         for (addresses, ending) in [(vec![], "(this gateway has no address of one)"), (vec!["127.0.0.1:1"], "error)")] {
             let addresses = addresses.into_iter().map(str::to_owned).collect();
-            let reply = Masters::new(addresses, topology.clone()).alter(alteration.clone()).await;
+            let reply = Masters::new(addresses, topology.clone()).change(Change::Alter(alteration.clone())).await;
             let Some(Reply::Error(text)) = Reply::take(&mut reply.as_slice()) else { panic!("{reply:?}") };
             let text = String::from_utf8_lossy(text);
             assert!(text.starts_with(error::NO_MASTER.text()) && text.ends_with(ending), "{text}");

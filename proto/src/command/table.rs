@@ -102,6 +102,8 @@ macro_rules! gateway_commands {
             Echo "echo" 2 [LOADING STALE FAST] (0 0 0) Here connection::echo "connection" "1.0.0" "Answers the message.";
             Hello "hello" -1 [NOSCRIPT LOADING STALE FAST NO_AUTH ALLOW_BUSY] (0 0 0) Here connection::hello "connection" "6.0.0" "Chooses the protocol version and says who answers.";
             Select "select" 2 [LOADING STALE FAST] (0 0 0) Here connection::select "connection" "1.0.0" "Chooses the keyspace.";
+            Move "move" 3 [WRITE FAST] (1 1 1) Here keyspaces::refuse "generic" "1.0.0" "Refused: databases have shards of their own.";
+            Swapdb "swapdb" 3 [WRITE FAST] (0 0 0) Here keyspaces::refuse "server" "4.0.0" "Refused: databases have shards of their own.";
             Quit "quit" -1 [NOSCRIPT LOADING STALE FAST NO_AUTH ALLOW_BUSY] (0 0 0) Here connection::quit "connection" "1.0.0" "Closes the connection.";
             Reset "reset" 1 [NOSCRIPT LOADING STALE FAST NO_AUTH ALLOW_BUSY] (0 0 0) Here connection::reset "connection" "6.2.0" "Sets the connection back to how it began.";
             Auth "auth" -2 [NOSCRIPT LOADING STALE FAST NO_AUTH ALLOW_BUSY] (0 0 0) Here connection::auth "connection" "1.0.0" "Authenticates the connection.";
@@ -171,6 +173,8 @@ macro_rules! gateway_commands {
             KeyspaceHelp "keyspace|help" 2 [LOADING STALE] (0 0 0) Here container::keyspace_help "vasto" "0.1.0" "Lists the subcommands.";
             KeyspaceList "keyspace|list" 2 [LOADING STALE] (0 0 0) Here topology::keyspace_list "vasto" "0.1.0" "Lists the keyspaces.";
             KeyspaceAlter "keyspace|alter" -5 [ADMIN LOADING STALE] (0 0 0) Here topology::keyspace_alter "vasto" "0.1.0" "Changes settings of a keyspace, for all gateways.";
+            KeyspaceCreate "keyspace|create" -5 [ADMIN NOSCRIPT] (0 0 0) Here keyspaces::create "vasto" "0.1.0" "Creates a keyspace, for all gateways.";
+            KeyspaceDrop "keyspace|drop" -3 [ADMIN NOSCRIPT] (0 0 0) Here keyspaces::drop "vasto" "0.1.0" "Drops a keyspace with all its data, for good.";
             KeyspaceInfo "keyspace|info" 3 [LOADING STALE] (0 0 0) Here topology::keyspace_info "vasto" "0.1.0" "Describes a keyspace.";
             KeyspaceCompact "keyspace|compact" 3 [ADMIN NOSCRIPT] (0 0 0) Here compaction::keyspace_compact "vasto" "0.1.0" "Rewrites the files of a keyspace without its dead rows.";
         }

@@ -4,6 +4,6 @@ pub mod record;
 pub mod settings;
 pub mod snapshot;
 
-pub use record::{KeyspaceRecord, RecordError, ShardRecord};
+pub use record::{KeyspaceRecord, RecordError, ShardRecord, validate_name};
 pub use settings::{Fsync, Settings};
 pub use snapshot::{Snapshot, StoreInfo};

@@ -21,7 +21,14 @@ pub struct KeyspaceRecord {
     /// By shard number; never empty.
     pub shards: Vec<ShardRecord>,
     pub settings: Settings,
+    /// The keyspace is no more. Such a record stays for good, so that nobody who still has an older one brings it back; its shards
+    /// say who held them.
+    pub dropped: bool,
 }
+
+/// A dropped keyspace's epoch is so far above every other that it wins over changes of which its maker has not heard. Epochs count
+/// changes: they never come that far.
+const DROPPED_EPOCHS: u64 = 1 << 32;
 
 /// Who holds one shard.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -54,7 +61,7 @@ impl KeyspaceRecord {
             .map(|primary| ShardRecord { epoch: Epoch(1), primary: *primary, replicas: Vec::new() })
             .collect();
         let settings = Settings::default();
-        let record = Self { id, name: name.to_owned(), epoch: Epoch(1), copies: 1, shards, settings };
+        let record = Self { id, name: name.to_owned(), epoch: Epoch(1), copies: 1, shards, settings, dropped: false };
         record.validate()?;
         Ok(record)
     }
@@ -63,11 +70,7 @@ impl KeyspaceRecord {
         if self.shards.is_empty() || self.shards.len() > usize::from(SHARD_COUNT_MAX) {
             return Err(RecordError::ShardCount(self.shards.len()));
         }
-        let allowed = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-' | b'.');
-        if self.name.is_empty() || self.name.len() > KEYSPACE_NAME_BYTES_MAX || !self.name.bytes().all(allowed) {
-            return Err(RecordError::Name(self.name.clone()));
-        }
-        Ok(())
+        validate_name(&self.name)
     }
 
     /// The next version of the record with other settings. The shards' epochs stay, so no request in flight is refused.
@@ -75,15 +78,36 @@ impl KeyspaceRecord {
         Self { epoch: Epoch(self.epoch.0 + 1), settings, ..self.clone() }
     }
 
+    /// The last version of the record: the keyspace is no more.
+    pub fn as_dropped(&self) -> Self {
+        let epoch = Epoch(self.epoch.0 + DROPPED_EPOCHS);
+        Self { epoch, settings: Settings::default(), dropped: true, ..self.clone() }
+    }
+
+    /// Whether two records of one keyspace cannot both be true: one version that says different things. That a keyspace is no more is
+    /// the same whatever it was before.
+    pub fn contradicts(&self, other: &Self) -> bool {
+        self.epoch == other.epoch && self != other && !(self.dropped && other.dropped)
+    }
+
     pub fn shard_count(&self) -> u16 {
         self.shards.len() as u16
     }
 
-    /// The shards that a store serves as primary.
+    /// The shards that a store serves as primary; none of a dropped keyspace.
     pub fn shards_of(&self, store: StoreId) -> impl Iterator<Item = (ShardId, &ShardRecord)> {
-        let shards = self.shards.iter().enumerate().filter(move |(_, shard)| shard.primary == store);
+        let shards = self.shards.iter().enumerate().filter(move |(_, shard)| !self.dropped && shard.primary == store);
         shards.map(|(number, shard)| (ShardId(number as u16), shard))
     }
+}
+
+/// Whether a keyspace may be called so.
+pub fn validate_name(name: &str) -> Result<(), RecordError> {
+    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-' | b'.');
+    if name.is_empty() || name.len() > KEYSPACE_NAME_BYTES_MAX || !name.bytes().all(allowed) {
+        return Err(RecordError::Name(name.to_owned()));
+    }
+    Ok(())
 }
 
 impl From<&KeyspaceRecord> for pb::KeyspaceRecord {
@@ -100,6 +124,7 @@ impl From<&KeyspaceRecord> for pb::KeyspaceRecord {
             copies: record.copies,
             shards: record.shards.iter().map(shard).collect(),
             settings: Some((&record.settings).into()),
+            dropped: record.dropped,
         }
     }
 }
@@ -121,6 +146,7 @@ impl TryFrom<pb::KeyspaceRecord> for KeyspaceRecord {
             shards: message.shards.into_iter().map(shard).collect(),
             // Processes before protocol version 2 do not know them.
             settings: message.settings.map(Settings::try_from).transpose()?.unwrap_or_default(),
+            dropped: message.dropped,
         };
         record.validate()?;
         Ok(record)
@@ -142,7 +168,14 @@ mod tests {
         assert_eq!(KeyspaceRecord::try_from(older), Ok(record.clone()));
         let altered = record.with_settings(Settings { fsync: Some(Fsync::Always) });
         assert_eq!((altered.epoch, altered.shards.clone()), (Epoch(2), record.shards.clone()));
-        assert_eq!(KeyspaceRecord::try_from(pb::KeyspaceRecord::from(&altered)), Ok(altered));
+        assert_eq!(KeyspaceRecord::try_from(pb::KeyspaceRecord::from(&altered)), Ok(altered.clone()));
+        let dropped = altered.as_dropped();
+        assert_eq!(KeyspaceRecord::try_from(pb::KeyspaceRecord::from(&dropped)), Ok(dropped.clone()));
+        assert_eq!((dropped.shards_of(StoreId(9)).count(), altered.shards_of(StoreId(9)).count()), (0, 1));
+        // It wins over a change that its maker has not heard of, and two who drop it agree.
+        assert!(record.as_dropped().epoch > altered.epoch);
+        assert!(!record.as_dropped().contradicts(&KeyspaceRecord { copies: 2, ..record.as_dropped() }));
+        assert!(record.contradicts(&KeyspaceRecord { copies: 2, ..record.clone() }));
         let empty = pb::KeyspaceRecord { shards: Vec::new(), ..message };
         assert_eq!(KeyspaceRecord::try_from(empty), Err(RecordError::ShardCount(0)));
         assert!(KeyspaceRecord::new(KeyspaceId(1), "no spaces", &[StoreId(1)]).is_err());

@@ -4,6 +4,7 @@ use super::record::{KeyspaceRecord, RecordError, ShardRecord};
 use super::settings::Fsync;
 use crate::id::{ClusterId, KeyspaceId, StoreId};
 use crate::pb;
+use std::collections::BTreeSet;
 
 /// What the master knows of one store.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -15,6 +16,9 @@ pub struct StoreInfo {
     pub free_disk_bytes: u64,
     /// What it does for keyspaces whose records do not say; `None` if it is not known.
     pub fsync: Option<Fsync>,
+    /// The part of the house that fails as one; empty if it was not told.
+    pub zone: String,
+    pub tags: Vec<String>,
 }
 
 /// The cluster at one moment.
@@ -27,6 +31,8 @@ pub struct Snapshot {
     pub keyspaces: Vec<KeyspaceRecord>,
     /// What the master waits for while there is no keyspace; else empty.
     pub waiting_for: String,
+    /// Keyspaces that were dropped: what is neither here nor among `keyspaces` is only not known (yet).
+    pub dropped: BTreeSet<KeyspaceId>,
 }
 
 impl Snapshot {
@@ -64,6 +70,8 @@ impl From<&Snapshot> for pb::Topology {
             up: store.up,
             free_disk_bytes: store.free_disk_bytes,
             fsync: Fsync::code(store.fsync),
+            zone: store.zone.clone(),
+            tags: store.tags.clone(),
         };
         Self {
             cluster_id: snapshot.cluster.0,
@@ -71,6 +79,7 @@ impl From<&Snapshot> for pb::Topology {
             stores: snapshot.stores.iter().map(store).collect(),
             keyspaces: snapshot.keyspaces.iter().map(Into::into).collect(),
             waiting_for: snapshot.waiting_for.clone(),
+            dropped: snapshot.dropped.iter().map(|keyspace| keyspace.0).collect(),
         }
     }
 }
@@ -86,6 +95,8 @@ impl TryFrom<pb::Topology> for Snapshot {
                 up: store.up,
                 free_disk_bytes: store.free_disk_bytes,
                 fsync: Fsync::from_code(store.fsync)?,
+                zone: store.zone,
+                tags: store.tags,
             })
         };
         Ok(Self {
@@ -94,6 +105,7 @@ impl TryFrom<pb::Topology> for Snapshot {
             stores: message.stores.into_iter().map(store).collect::<Result<_, _>>()?,
             keyspaces: message.keyspaces.into_iter().map(TryInto::try_into).collect::<Result<_, _>>()?,
             waiting_for: message.waiting_for,
+            dropped: message.dropped.into_iter().map(KeyspaceId).collect(),
         })
     }
 }
@@ -111,6 +123,8 @@ mod tests {
             up: true,
             free_disk_bytes: 1,
             fsync,
+            zone: "cellar".to_owned(),
+            tags: vec!["ssd".to_owned()],
         };
         let snapshot =
             |first, second| Snapshot { stores: vec![store(1, first), store(2, second)], ..Snapshot::default() };
@@ -121,7 +135,7 @@ mod tests {
         assert_eq!(snapshot(always, None).fsync(&record), Fsync::EverySecond);
         let record = record.with_settings(Settings { fsync: always });
         assert_eq!(snapshot(never, never).fsync(&record), Fsync::Always);
-        let sent = snapshot(always, None);
+        let sent = Snapshot { dropped: [KeyspaceId(7)].into(), ..snapshot(always, None) };
         assert_eq!(Snapshot::try_from(pb::Topology::from(&sent)), Ok(sent));
     }
 }

@@ -138,6 +138,17 @@ fn every_string_comes_over_and_what_does_not_is_counted() {
     assert!(complained(&output).contains("exists already"), "{}", complained(&output));
     assert!(printed(&output).starts_with("imported: 0 strings"), "{}", printed(&output));
 
+    // Each into its own.
+    ours.done(&["FLUSHALL"]);
+    let output = import(&file, &server, &["--keep-databases", "--skip-other-types"]);
+    assert_eq!(output.status.code(), Some(0), "{}", complained(&output));
+    check(&strings, &mut theirs, &mut ours);
+    let mut third = server.connect();
+    third.done(&["SELECT", "3"]);
+    assert_eq!(third.call(&["GET", "in three"]), Value::bulk("1"));
+    assert_eq!(third.call(&["GET", "large"]), Value::bulk("small"));
+    assert_eq!(third.call(&["DBSIZE"]), Value::Integer(2));
+
     // Both databases into one keyspace; the later one wins.
     ours.done(&["FLUSHALL"]);
     let output = import(&file, &server, &["--database", "0,3", "--skip-other-types"]);

@@ -5,11 +5,13 @@
 mod backup;
 mod clients;
 mod commands;
+mod databases;
 mod differential;
 mod durability;
 mod event_times;
 mod faults;
 mod import;
+mod keyspaces;
 mod known_differences;
 mod limits;
 mod process;

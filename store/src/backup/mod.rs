@@ -169,7 +169,18 @@ impl Backups {
         }
         // Read from the copy: what is described is what is there.
         let identity = Identity::load_or_draw(folder)?;
-        let keyspaces = node::load_records(folder)?.into_values().collect();
+        let mut keyspaces = Vec::new();
+        for record in node::load_records(folder)?.into_values() {
+            let in_backup = |shard| shard_entries.iter().any(|entry: &ShardEntry| entry.shard == shard);
+            let own: Vec<_> = record.shards_of(identity.store).map(|(shard, _)| shard).collect();
+            if own.into_iter().all(|shard| in_backup(ShardKey { keyspace: record.id, shard })) {
+                keyspaces.push(record);
+                continue;
+            }
+            // Created when the shards were taken already.
+            let path = records.join(record.id.to_string());
+            fs::remove_file(&path).map_err(at(&path))?;
+        }
 
         let (mut folders, mut paths) = (Vec::new(), Vec::new());
         list(folder, &mut folders, &mut paths).map_err(at(folder))?;

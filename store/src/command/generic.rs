@@ -109,10 +109,10 @@ pub fn renamenx(context: &mut Context<'_>, args: Args<'_>) -> Result<(), Failure
     Ok(())
 }
 
-/// The only index of a keyspace so far.
-const OWN_DB: i64 = 0;
+/// What Redis has of databases by default; what the gateway lets SELECT take is its own matter.
+const DATABASES_MAX: i64 = 16;
 
-/// COPY source destination [DB index] [REPLACE]
+/// COPY source destination [DB index] [REPLACE]; within the keyspace alone.
 pub fn copy(context: &mut Context<'_>, mut args: Args<'_>) -> Result<(), Failure> {
     let (source, target) = (args.key()?, args.key()?);
     let mut overwrite = Overwrite::No;
@@ -124,8 +124,11 @@ pub fn copy(context: &mut Context<'_>, mut args: Args<'_>) -> Result<(), Failure
             if i32::try_from(index).is_err() {
                 return Err(INDEX_NO_INT.into());
             }
-            if index != OWN_DB {
+            if !(0..DATABASES_MAX).contains(&index) {
                 return Err(error::DB_INDEX_OUT_OF_RANGE.into());
+            }
+            if Some(index) != context.database_number() {
+                return Err(error::NOT_BETWEEN_KEYSPACES.into());
             }
         } else {
             return Err(error::SYNTAX.into());

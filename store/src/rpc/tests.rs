@@ -43,7 +43,7 @@ async fn connect(handle: &StoreHandle, address: &str) -> Result<(mpsc::Sender<Fr
     let channel = net::endpoint(address).unwrap().connect().await.unwrap();
     let (sender, frames) = mpsc::channel(16);
     let mut request = Request::new(ReceiverStream::new(frames));
-    request.metadata_mut().insert(net::PROTOCOL_METADATA, "1".parse().unwrap());
+    request.metadata_mut().insert(net::PROTOCOL_METADATA, vasto_proto::PROTOCOL_VERSION.to_string().parse().unwrap());
     request.metadata_mut().insert(net::CLUSTER_METADATA, handle.cluster().to_string().parse().unwrap());
     let answers = StoreClient::new(channel).max_decoding_message_size(net::MESSAGE_BYTES_MAX).execute(request).await?;
     Ok((sender, answers.into_inner()))

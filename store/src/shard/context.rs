@@ -238,6 +238,11 @@ impl<'a> Context<'a> {
         Ok(())
     }
 
+    /// The number by which Redis clients know the keyspace, if its name is one.
+    pub fn database_number(&self) -> Option<i64> {
+        self.shard.database_number
+    }
+
     /// The shard as a whole, for commands that walk it; sees the writes of this batch so far.
     pub fn shard(&self) -> ShardView<'_> {
         ShardView::new(self.shard, self.now_ms, self.flush_ns(), self.rows, self.batch)

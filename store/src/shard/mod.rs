@@ -45,6 +45,8 @@ pub struct Shard {
     pub database: Database,
     pub stamps: Stamps,
     pub durability: Durability,
+    /// The number by which Redis clients know the keyspace, if its name is one.
+    pub database_number: Option<i64>,
     pub places: Mutex<Places>,
     pub census: Kept,
     slots: Box<[u16]>,
@@ -56,6 +58,7 @@ static INSTANCES: AtomicU32 = AtomicU32::new(1);
 
 impl Shard {
     /// Takes an opened database into service; reads the shard's state from `meta`.
+    #[expect(clippy::too_many_arguments, reason = "what a shard is made of, each of another type")]
     pub fn new(
         key: ShardKey,
         epoch: Epoch,
@@ -64,6 +67,7 @@ impl Shard {
         database: Database,
         fsync: Fsync,
         alarm: &Arc<Alarm>,
+        database_number: Option<i64>,
     ) -> Result<Self, EngineError> {
         let slots: Box<[u16]> = table.slots(key.shard).collect();
         let mut owned = Box::new([0; SLOT_COUNT as usize / 64]);
@@ -82,6 +86,7 @@ impl Shard {
             database,
             stamps,
             durability: Durability::new(fsync),
+            database_number,
             places: Mutex::default(),
             census: Kept::default(),
             slots,

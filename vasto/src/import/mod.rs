@@ -44,9 +44,14 @@ pub struct ImportArguments {
     #[arg(long, value_enum, default_value_t = Existing::Replace)]
     existing: Existing,
 
-    /// Databases of the file to import from; all go into keyspace 0, and of a key in several of them the last one stays.
-    #[arg(long = "database", value_name = "NUMBER", default_value = "0", value_delimiter = ',')]
+    /// Databases of the file to import from; all go into keyspace 0, and of a key in several of them the last one stays [default: 0, or
+    /// all with --keep-databases].
+    #[arg(long = "database", value_name = "NUMBER", value_delimiter = ',')]
     databases: Vec<u64>,
+
+    /// Each database of the file goes into the database of its number, which is created if it is not there.
+    #[arg(long)]
+    keep_databases: bool,
 
     /// Values of other types than strings, functions and data of modules are left out without changing the exit status.
     #[arg(long)]
@@ -94,6 +99,15 @@ struct Tally {
     functions: u64,
     module_data: u64,
     other_databases: BTreeMap<u64, u64>,
+}
+
+impl ImportArguments {
+    fn takes(&self, database: u64) -> bool {
+        match self.databases.as_slice() {
+            [] => self.keep_databases || database == 0,
+            chosen => chosen.contains(&database),
+        }
+    }
 }
 
 impl Tally {
@@ -202,11 +216,11 @@ async fn feed(
     tally: &mut Tally,
     progress: &mut Progress,
 ) -> anyhow::Result<()> {
-    let mut keys = 0;
+    let (mut keys, mut selected) = (0, 0);
     while let Some(entry) = file.next().map_err(|error| unusable(&arguments.file, error))? {
         keys += 1;
         progress.show(keys, || ("imported", file.offset()));
-        if !arguments.databases.contains(&entry.database) {
+        if !arguments.takes(entry.database) {
             *tally.other_databases.entry(entry.database).or_default() += 1;
             continue;
         }
@@ -214,6 +228,10 @@ async fn feed(
             Value::Other(kind) => *tally.other_types.entry(kind).or_default() += 1,
             Value::String(_) if entry.expires_at_ms.is_some_and(|when| when <= now_ms()) => tally.expired += 1,
             Value::String(value) => {
+                if arguments.keep_databases && entry.database != selected {
+                    sender.select(entry.database).await?;
+                    selected = entry.database;
+                }
                 tally.sent += 1;
                 tally.sent_with_expiry += u64::from(entry.expires_at_ms.is_some());
                 sender.send(&entry.key, &value, entry.expires_at_ms).await?;

@@ -68,6 +68,27 @@ impl Sender {
         Ok(())
     }
 
+    /// What is sent from here on goes into the database of this number. A file has few of them: it waits for all answers.
+    pub async fn select(&mut self, database: u64) -> anyhow::Result<()> {
+        self.finish().await?;
+        append_words(&[b"SELECT", database.to_string().as_bytes()], &mut self.output);
+        self.write().await?;
+        loop {
+            match reply::parse(&self.input[self.taken..])? {
+                None => self.receive().await?,
+                Some((Reply::Push, length)) => self.taken += length,
+                Some((Reply::Simple(_), length)) => {
+                    self.taken += length;
+                    return Ok(());
+                }
+                Some((Reply::Error(text), _)) => {
+                    bail!("database {database} cannot be chosen: {}", String::from_utf8_lossy(text))
+                }
+                Some((other, _)) => bail!("SELECT {database} is answered with {other:?}"),
+            }
+        }
+    }
+
     /// Sends what is left and waits for all answers.
     pub async fn finish(&mut self) -> anyhow::Result<()> {
         self.write().await?;

@@ -43,6 +43,7 @@ fn gateway_config(
         client_query_buffer_limit: clients.client_query_buffer_limit.0,
         output_buffer_limit: clients.output_buffer_limit.0,
         output_stall_timeout: Duration::from_secs(clients.output_stall_timeout),
+        databases: clients.databases,
         request_deadline: Duration::from_millis(clients.request_deadline_ms),
         ..vasto_gateway::Config::default()
     }

@@ -25,6 +25,8 @@ async fn serve(options: StoreOptions) -> anyhow::Result<()> {
         data: options.data.clone(),
         listen: options.listen,
         advertise: options.advertise.clone(),
+        zone: options.zone.clone(),
+        tags: options.tags.clone(),
         workers: options.workers,
         ..super::store_config(&options.storage, options.proto_max_bulk_len.0, 1)
     };

@@ -16,9 +16,9 @@ fn check(name: &str, target: Target) {
     let script = Script::read(&folder().join(name));
     let failures = match target {
         Target::Redis => script.failures(&RedisServer::start().address(), target),
-        Target::OneShard => script.failures(&Server::start().address(), target),
+        Target::OneShard => script.failures(&Server::start_with(&["--databases", "1"]).address(), target),
         Target::ManyShards => {
-            let server = Server::start_with(&["--stores", "2", "--shards", "5"]);
+            let server = Server::start_with(&["--stores", "2", "--shards", "5", "--databases", "1"]);
             script.failures(&server.address(), target)
         }
     };

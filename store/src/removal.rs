@@ -1,0 +1,162 @@
+//! Deletes the folders of shards whose keyspace was dropped, when nobody uses them any more.
+//!
+//! The record that says so is on the disk before anything is deleted, and at each start what is left of such folders is deleted: a crash
+//! at any moment ends in "still there" or "gone". Ids of keyspaces are never used again, so a folder's name says enough.
+
+use crate::node::shard_folder;
+use crate::shard::Shard;
+use crate::shard::executor::Core;
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::time::Duration;
+use vasto_proto::id::{KeyspaceId, ShardId, ShardKey};
+use vasto_proto::topology::KeyspaceRecord;
+
+/// Between looks whether the users of a dropped shard have left: a batch takes milliseconds, a walk seconds.
+const LEAVING_PAUSE: Duration = Duration::from_millis(20);
+
+/// A shard that is no longer in the map; `shard` if it was open.
+pub struct Dropped {
+    pub key: ShardKey,
+    pub shard: Option<Arc<Shard>>,
+}
+
+/// The thread that deletes. It ends when the sender is dropped; what it has not deleted then goes at the next start.
+pub struct Removal {
+    core: Arc<Core>,
+    folder: PathBuf,
+    work: Receiver<Dropped>,
+    leaving: Vec<(ShardKey, Arc<Shard>)>,
+}
+
+impl Removal {
+    /// `data` is the store's folder.
+    pub fn new(core: &Arc<Core>, data: &Path) -> (Self, Sender<Dropped>) {
+        // Bounded by the shards that the store has.
+        let (sender, work) = channel();
+        (Self { core: Arc::clone(core), folder: data.join("shards"), work, leaving: Vec::new() }, sender)
+    }
+
+    pub fn run(mut self) {
+        loop {
+            let received = if self.leaving.is_empty() {
+                self.work.recv().map_err(|_| RecvTimeoutError::Disconnected)
+            } else {
+                self.work.recv_timeout(LEAVING_PAUSE)
+            };
+            match received {
+                Ok(Dropped { key, shard: Some(shard) }) => {
+                    shard.database.stop_background_work();
+                    self.leaving.push((key, shard));
+                }
+                Ok(Dropped { key, shard: None }) => self.delete(key),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return,
+            }
+            self.delete_left();
+        }
+    }
+
+    /// Closes and deletes what nobody uses any more.
+    fn delete_left(&mut self) {
+        if self.leaving.is_empty() {
+            return;
+        }
+        self.core.shards.refresh_lent();
+        for (key, shard) in std::mem::take(&mut self.leaving) {
+            match Arc::try_unwrap(shard) {
+                Ok(shard) => {
+                    // Closes the database; may wait for the disk.
+                    drop(shard);
+                    self.delete(key);
+                }
+                Err(shard) => self.leaving.push((key, shard)),
+            }
+        }
+    }
+
+    fn delete(&self, key: ShardKey) {
+        let path = self.folder.join(shard_folder(key));
+        let deleted = fs::remove_dir_all(&path).and_then(|()| File::open(&self.folder)?.sync_all());
+        match deleted {
+            Ok(()) => tracing::info!(shard = %key, "a dropped shard is deleted"),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => {
+                let path = path.display();
+                tracing::error!(shard = %key, %path, %error, "a dropped shard cannot be deleted; the next start tries again");
+            }
+        }
+    }
+}
+
+/// Shards of dropped keyspaces whose folders are still there.
+pub fn left_behind(data: &Path, records: &BTreeMap<KeyspaceId, KeyspaceRecord>) -> io::Result<Vec<ShardKey>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(data.join("shards"))? {
+        let name = entry?.file_name();
+        let Some(key) = name.to_str().and_then(shard_of_folder) else { continue };
+        if records.get(&key.keyspace).is_some_and(|record| record.dropped) {
+            found.push(key);
+        }
+    }
+    Ok(found)
+}
+
+fn shard_of_folder(name: &str) -> Option<ShardKey> {
+    let (keyspace, shard) = name.split_once('-')?;
+    Some(ShardKey { keyspace: KeyspaceId(keyspace.parse().ok()?), shard: ShardId(shard.parse().ok()?) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Config;
+    use crate::node::Store;
+
+    #[test]
+    fn a_dropped_keyspace_leaves_the_disk_and_does_not_come_back() {
+        let directory = tempfile::tempdir().unwrap();
+        let data = directory.path().join("data");
+        let open = || Store::open(Config { data: data.clone(), ..Config::default() }).unwrap().handle();
+        let folders = || {
+            let mut names: Vec<String> = fs::read_dir(data.join("shards"))
+                .unwrap()
+                .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+                .collect();
+            names.sort();
+            names
+        };
+        let store = open();
+        let first = KeyspaceRecord::new(KeyspaceId(0), "0", &[store.id()]).unwrap();
+        let second = KeyspaceRecord::new(KeyspaceId(7), "seven", &[store.id(), store.id()]).unwrap();
+        store.put_record(first.clone()).unwrap();
+        store.put_record(second.clone()).unwrap();
+        assert_eq!(folders(), ["0-0", "7-0", "7-1"]);
+        store.put_record(second.as_dropped()).unwrap();
+        // What was missed is not an error, and neither is hearing of the end twice.
+        store.put_record(second.clone()).unwrap();
+        store.put_record(second.as_dropped()).unwrap();
+        assert_eq!(store.core().shards.current().keys().count(), 1);
+        store.close();
+        drop(store);
+        // As a crash leaves it in the middle of deleting.
+        fs::create_dir_all(data.join("shards/7-1")).unwrap();
+        fs::write(data.join("shards/7-1/000007.log"), "half").unwrap();
+        let store = open();
+        assert_eq!(store.records(), [first, second.as_dropped()]);
+        store.close();
+        assert_eq!(folders(), ["0-0"]);
+    }
+
+    #[test]
+    fn a_folder_names_its_shard() {
+        let key = ShardKey { keyspace: KeyspaceId(12), shard: ShardId(3) };
+        assert_eq!(shard_of_folder(&shard_folder(key)), Some(key));
+        assert_eq!(shard_of_folder("0-0.restoring"), None);
+        assert_eq!(shard_of_folder("lost+found"), None);
+    }
+}
