@@ -5,6 +5,8 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use tokio::io::AsyncReadExt;
+use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio_stream::wrappers::ReceiverStream;
@@ -203,6 +205,42 @@ async fn a_watcher_that_does_not_read_holds_up_nobody() {
     }
     let mut watch = master.watch().await;
     watch.until("the present state", |topology| topology.version > 1_000).await;
+    master.stop().await;
+}
+
+/// A link that goes silent without an end, like a partition: both ends find out by themselves, though neither has anything to say.
+#[tokio::test]
+async fn both_ends_of_a_silent_link_give_it_up() {
+    let master = Running::start(Config::default()).await;
+    let proxy = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = proxy.local_addr().unwrap().to_string();
+    let opening = async {
+        let (gateway, _) = proxy.accept().await.unwrap();
+        (gateway, TcpStream::connect(master.address).await.unwrap())
+    };
+    let connecting = net::endpoint(&address).unwrap();
+    let (channel, (mut gateway, mut upstream)) = tokio::join!(connecting.connect(), opening);
+    let mut watch = {
+        let request = pb::WatchRequest { protocol_version: PROTOCOL_VERSION };
+        let mut client = MasterClient::new(channel.unwrap());
+        let forwarding = tokio::io::copy_bidirectional(&mut gateway, &mut upstream);
+        tokio::select! {
+            ended = forwarding => panic!("the link ended: {ended:?}"),
+            watch = async {
+                let mut watch = client.watch_topology(request).await.unwrap().into_inner();
+                watch.message().await.unwrap().expect("a first snapshot");
+                watch
+            } => watch,
+        }
+    };
+    // From here on nothing is forwarded, and nobody is told.
+    let gave_up = async {
+        let mut heard = [0; 1024];
+        while upstream.read(&mut heard).await.is_ok_and(|bytes| bytes > 0) {}
+    };
+    let (ended, ()) = within("both ends to give up", async { tokio::join!(watch.message(), gave_up) }).await;
+    ended.unwrap_err();
+    drop(gateway);
     master.stop().await;
 }
 
