@@ -1,5 +1,9 @@
 //! Who serves what: records of keyspaces and the snapshot that gateways route by. Pure values, validated on receipt.
 
+pub mod ballot;
+#[cfg(test)]
+mod model;
+pub mod proposer;
 pub mod record;
 pub mod settings;
 pub mod snapshot;
