@@ -337,7 +337,12 @@ impl<'a> Context<'a> {
             return Ok(Some(Verdict::Older));
         }
         header.stamp = Stamp::given(time.ns, header.kind, header.expires_at_ms, payload);
-        match self.decode(cell)?.map(|(stored, value)| precedence((&header, payload), (&stored, value))) {
+        let stored = self.decode(cell)?;
+        // What compaction made of this very write when it had expired.
+        let is_buried = stored
+            .is_some_and(|(stored, _)| stored == Header { written_at_ns: stored.written_at_ns, ..header.buried() });
+        match stored.map(|(stored, value)| precedence((&header, payload), (&stored, value))) {
+            Some(_) if is_buried => return Ok(Some(Verdict::Repeated)),
             // Whoever dropped a tombstone has raised this before.
             None if time.ns <= self.shard.database.garbage().dropped_ns() => return Ok(None),
             Some(Ordering::Less) => return Ok(Some(Verdict::Older)),

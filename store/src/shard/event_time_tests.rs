@@ -176,7 +176,7 @@ fn run(steps: Vec<Step>, gc_grace: Duration) -> Result<(), TestCaseError> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(20))]
+    #![proptest_config(ProptestConfig::with_cases(60))]
 
     #[test]
     fn the_newest_event_time_is_what_is_seen(steps in steps()) {
@@ -188,6 +188,21 @@ proptest! {
     fn nothing_comes_back_when_tombstones_have_left(steps in steps()) {
         run(steps, Duration::ZERO)?;
     }
+}
+
+/// Compaction makes a tombstone of it, which has its stamp.
+#[test]
+fn a_write_that_has_expired_is_the_same_write_after_a_compaction() {
+    let mut life = Life::new(Duration::from_secs(3600));
+    for _ in 0..2 {
+        assert_eq!(life.call("set k v EVENTTIME 10 PXAT 1"), "OK");
+        assert_eq!(life.call("set k v EVENTTIME 9"), "null");
+        life.handle().compact();
+    }
+    // Another one of that event time is not.
+    assert_eq!(life.call("del k EVENTTIME 10"), "0");
+    assert_eq!(life.call("set k v EVENTTIME 10 PXAT 1"), "null");
+    assert_eq!(life.call("get k"), "null");
 }
 
 #[test]
