@@ -58,8 +58,8 @@ pub enum PutRecordError {
     Conflict { keyspace: KeyspaceId, epoch: u64 },
     #[error("cannot persist the record of keyspace {keyspace}")]
     Persist { keyspace: KeyspaceId, source: io::Error },
-    /// The record is persisted; this shard cannot be served.
-    #[error("cannot open shard {shard}: {source}")]
+    /// The record is persisted; this shard cannot be served as it says.
+    #[error("cannot serve shard {shard}: {source}")]
     OpenShard { shard: ShardKey, source: EngineError },
     #[error("the store is closed")]
     Closed,
@@ -429,18 +429,17 @@ impl Node {
         }
         for (shard, described) in own {
             let key = ShardKey { keyspace: record.id, shard };
-            let opened = match shards.current().entry(key) {
+            let served = match shards.current().entry(key) {
                 Some(Entry::Serving(open)) => {
                     open.database.garbage().set_replicated_ns(replicated_ns(record.copies));
                     open.set_epoch(described.epoch);
-                    open.set_fsync(fsync, &self.core.sync_bell);
-                    continue;
+                    open.set_fsync(fsync, &self.core.sync_bell)
                 }
                 // Its old database is still open; the thread that closes it opens it by the newest record.
                 Some(Entry::Closing(reason)) => Err(EngineError::Failed(reason.clone())),
                 Some(Entry::Opening | Entry::Failed(_)) | None => self.opener.open(record, key),
             };
-            if let Err(source) = opened
+            if let Err(source) = served
                 && result.is_ok()
             {
                 result = Err(PutRecordError::OpenShard { shard: key, source });

@@ -136,6 +136,10 @@ impl Reopening {
             if self.closed.load(Ordering::Acquire) {
                 return;
             }
+            // Its keyspace may have been dropped meanwhile: then another thread closes it.
+            if !matches!(shards.current().entry(shard.key), Some(Entry::Serving(now)) if Arc::ptr_eq(now, shard)) {
+                continue;
+            }
             let reason = shard.trouble().unwrap_or_default();
             shard.durability.end(&format!("shard {} met an error of its disk: {reason}", shard.key));
             shards.set(shard.key, Some(Entry::Closing(reason)));

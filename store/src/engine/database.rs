@@ -141,25 +141,26 @@ impl Database {
         if found < meta::FORMAT_VERSION {
             // Version 1 noted what it had dropped up to a second later, but dropped nothing younger than the grace.
             if noted_ns.is_some() {
-                self.note_dropped(self.garbage.grace_ends_ns(crate::shard::executor::now_ns()))?;
+                self.note_dropped(self.garbage.grace_ends_ns(crate::shard::executor::now_ns()), Tier::Disk)?;
             }
             self.put_meta_synced(meta::FORMAT, &meta::FORMAT_VERSION.to_be_bytes())?;
         }
         Ok(())
     }
 
-    /// Allows tombstones up to this event time to leave, once the disk knows.
-    fn note_dropped(&self, ns: u64) -> Result<(), EngineError> {
-        self.put_meta_synced(meta::DROPPED, &ns.max(self.garbage.dropped_ns()).to_be_bytes())?;
+    /// Allows tombstones up to this event time to leave, once the disk knows. A synced write would hold up all others.
+    fn note_dropped(&self, ns: u64, tier: Tier) -> Result<(), EngineError> {
+        self.put_meta(meta::DROPPED, &ns.max(self.garbage.dropped_ns()).to_be_bytes(), tier)?;
+        self.sync_log()?;
         self.garbage.may_drop_up_to(ns);
         Ok(())
     }
 
     /// Lets the tombstones go that compactions have met since the last call and that only waited for this note; says whether there
     /// were any. They leave with the next compaction that meets them.
-    pub fn release_tombstones(&self) -> Result<bool, EngineError> {
+    pub fn release_tombstones(&self, tier: Tier) -> Result<bool, EngineError> {
         let Some(wanted_ns) = self.garbage.wanted_ns() else { return Ok(false) };
-        self.note_dropped(wanted_ns)?;
+        self.note_dropped(wanted_ns, tier)?;
         Ok(true)
     }
 
@@ -333,7 +334,7 @@ impl Database {
         let rewrite =
             || self.db.compact_range_cf_opt(self.family(KEYS), None::<&[u8]>, None::<&[u8]>, &compact_all_options());
         rewrite();
-        match self.release_tombstones() {
+        match self.release_tombstones(Tier::Disk) {
             Ok(true) => rewrite(),
             Ok(false) => {}
             Err(error) => tracing::warn!(%error, "cannot note which tombstones may go; they stay for now"),

@@ -181,6 +181,7 @@ struct Files {
 impl Files {
     fn of(folder: &Path) -> Result<Self, EngineError> {
         let mut files = Self::default();
+        let mut logs: Vec<(u64, PathBuf)> = Vec::new();
         let entries = match fs::read_dir(folder) {
             Ok(entries) => entries,
             // RocksDB would make a new database here and forget the one that was.
@@ -196,12 +197,14 @@ impl Files {
                 files.last_manifest = files.last_manifest.max(number);
             }
             match name.split_once('.') {
-                Some((number, "log")) if number.parse::<u64>().is_ok() => files.logs.push(path),
+                Some((number, "log")) => logs.extend(number.parse().ok().map(|number| (number, path))),
                 Some((_, "sst")) => files.tables.push(name.to_owned()),
                 Some(_) | None => {}
             }
         }
-        files.logs.sort();
+        // By number: with the millionth file the names get longer.
+        logs.sort();
+        files.logs = logs.into_iter().map(|(_, path)| path).collect();
         files.tables.sort();
         Ok(files)
     }

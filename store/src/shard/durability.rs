@@ -4,7 +4,7 @@ use super::Shard;
 use super::executor::Core;
 use super::session::Shared;
 use crate::config::Fsync;
-use crate::engine::EngineError;
+use crate::engine::{EngineError, Tier};
 use parking_lot::{Condvar, Mutex};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -32,6 +32,8 @@ pub struct Durability {
     at_work: AtomicBool,
     /// Held by whoever syncs: a second one would wait for the same disk.
     syncing: Mutex<()>,
+    /// The last sync met the echo of an error that some other call has met.
+    echoed: AtomicBool,
     unsynced: Unsynced,
     counted: SyncCounts,
 }
@@ -109,6 +111,7 @@ impl Durability {
             round: AtomicBool::new(false),
             at_work: AtomicBool::new(false),
             syncing: Mutex::default(),
+            echoed: AtomicBool::new(false),
             unsynced: Unsynced { opened, later_ms: AtomicU64::new(0), under_way_ms: AtomicU64::new(0) },
             counted: SyncCounts::default(),
         }
@@ -213,15 +216,27 @@ fn place(fsync: Fsync) -> u8 {
 
 impl Shard {
     /// From now on writes are synced so. With `always`, what was written before is synced when this returns; with the others, answers
-    /// that are held leave with one more sync.
-    pub fn set_fsync(&self, fsync: Fsync, bell: &SyncBell) {
-        if self.durability.fsync.swap(place(fsync), Ordering::AcqRel) == place(fsync) {
-            return;
+    /// that are held leave with one more sync. Fails, whatever the setting is then, if what was written before could not be synced.
+    pub fn set_fsync(&self, fsync: Fsync, bell: &SyncBell) -> Result<(), EngineError> {
+        let is_new = self.durability.fsync.swap(place(fsync), Ordering::AcqRel) != place(fsync);
+        if is_new {
+            tracing::info!(shard = %self.key, %fsync, "writes are synced otherwise from now on");
         }
-        tracing::info!(shard = %self.key, %fsync, "writes are synced otherwise from now on");
         match fsync {
-            Fsync::Always => drop(self.sync()),
-            Fsync::EverySecond | Fsync::Never => bell.ring(),
+            // Asked again after a failure, it must not be taken for done.
+            Fsync::Always => match self.sync() {
+                Synced::Done => Ok(()),
+                Synced::Not => {
+                    let reason = self.trouble().unwrap_or_else(|| "its log could not be synced".into());
+                    Err(EngineError::Failed(reason))
+                }
+            },
+            Fsync::EverySecond | Fsync::Never => {
+                if is_new {
+                    bell.ring();
+                }
+                Ok(())
+            }
         }
     }
 
@@ -238,9 +253,16 @@ impl Shard {
             self.durability.counted.syncs.fetch_add(1, Ordering::Relaxed);
             self.durability.counted.slow_syncs.fetch_add(u64::from(took > SYNC_INTERVAL), Ordering::Relaxed);
             match synced {
-                Ok(()) => drop(self.durability.synced.fetch_max(written, Ordering::AcqRel)),
-                // A write has met an error of the disk this very moment; that one decides what becomes of the shard.
-                Err(error) if error.is_echo() => return Synced::Not,
+                Ok(()) => {
+                    self.durability.synced.fetch_max(written, Ordering::AcqRel);
+                    self.durability.echoed.store(false, Ordering::Relaxed);
+                }
+                // A write has met an error of the disk this very moment; that one decides what becomes of the shard. If none has by the
+                // next time, it was a flush of RocksDB's own, and nobody else will.
+                Err(error) if error.is_echo() && !self.durability.echoed.swap(true, Ordering::Relaxed) => {
+                    return Synced::Not;
+                }
+                Err(error) if error.is_echo() => self.meet(&error),
                 // Even if it only says that the disk is full: what the kernel could not write may be gone from its memory too.
                 Err(error) => self.fail(&error.to_string()),
             }
@@ -331,6 +353,7 @@ impl SyncBell {
         let bell = &core.sync_bell;
         loop {
             let turn = bell.wait();
+            // Taken anew each time: an old one would keep shards open that have left.
             let shards = core.shards.current();
             match turn {
                 Turn::Rung => {}
@@ -341,36 +364,41 @@ impl SyncBell {
                 }
                 Turn::Stop => return,
             }
-            let mut due = shards.serving().filter(|shard| shard.durability.is_due()).peekable();
+            // One that another thread is at rings again when it is done, if it must.
+            let waits =
+                |shard: &&Arc<Shard>| shard.durability.is_due() && !shard.durability.at_work.load(Ordering::SeqCst);
+            let mut due = shards.serving().filter(waits).peekable();
             while let Some(shard) = due.next() {
                 if due.peek().is_some() {
                     // Another thread begins with the next one.
                     bell.ring();
                 }
-                shard.tend();
+                shard.tend(bell);
             }
         }
     }
 }
 
 impl Shard {
-    /// Does what is due; if another thread is at it, that one will.
-    fn tend(&self) {
+    /// Does what is due, once: a busy shard must not keep its thread from the others. If another thread is at it, that one will.
+    fn tend(&self, bell: &SyncBell) {
         let durability = &self.durability;
-        while durability.is_due() && !durability.at_work.swap(true, Ordering::AcqRel) {
-            let is_round = durability.round.swap(false, Ordering::AcqRel);
-            let synced = match durability.fsync() {
-                Fsync::Always | Fsync::EverySecond => self.sync(),
-                Fsync::Never if durability.wants_sync() => self.sync(),
-                Fsync::Never => Synced::Done,
-            };
-            if is_round {
-                self.look_after();
-            }
-            durability.at_work.store(false, Ordering::Release);
-            if synced == Synced::Not {
-                return;
-            }
+        if durability.at_work.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let is_round = durability.round.swap(false, Ordering::AcqRel);
+        let synced = match durability.fsync() {
+            Fsync::Always | Fsync::EverySecond => self.sync(),
+            Fsync::Never if durability.wants_sync() => self.sync(),
+            Fsync::Never => Synced::Done,
+        };
+        if is_round {
+            self.look_after();
+        }
+        durability.at_work.store(false, Ordering::SeqCst);
+        // Whoever rang meanwhile was passed by.
+        if synced == Synced::Done && durability.is_due() {
+            bell.ring();
         }
     }
 
@@ -385,7 +413,7 @@ impl Shard {
             let raised = self.stamps.raise_ahead(crate::shard::executor::now_ns(), &self.database);
             self.met(raised);
         }
-        self.met(self.database.release_tombstones().map(drop));
+        self.met(self.database.release_tombstones(Tier::Memory).map(drop));
         self.met(self.database.note_synced());
     }
 

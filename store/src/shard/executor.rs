@@ -172,11 +172,10 @@ impl Executor {
     ) -> Result<(), BatchError> {
         self.decode(batch)?;
         self.admit(core, map, session, batch, place, answers);
-        let now_ns = now_ns();
         let mut groups = std::mem::take(&mut self.groups);
         for group in groups.drain(..) {
             let answers_start = answers.len();
-            self.run_group(core, session, &group, batch, place, now_ns, answers);
+            self.run_group(core, session, &group, batch, place, answers);
             // Guards are gone: what is durable can be waited for.
             if answers.len() > answers_start
                 && let Some(needs) = group.shard.durability.must_wait()
@@ -304,7 +303,6 @@ impl Executor {
             place == Place::Worker && (bytes > WORKER_BYTES_MAX || command::needs_lane(operation.command, args));
     }
 
-    #[expect(clippy::too_many_arguments, reason = "what one group works on, borrowed separately")]
     fn run_group(
         &mut self,
         core: &Core,
@@ -312,7 +310,6 @@ impl Executor {
         group: &Group,
         batch: &[u8],
         place: Place,
-        now_ns: u64,
         answers: &mut Vec<u8>,
     ) {
         let shard = &*group.shard;
@@ -329,6 +326,8 @@ impl Executor {
             self.divert_all(group);
             return;
         }
+        // Not before the locks: whoever waited for them would take for alive what others have seen dead meanwhile.
+        let now_ns = now_ns();
         self.load(core, shard, batch, place, &mut guards);
         let answers_start = answers.len();
         self.run_commands(core, session, group, batch, place, now_ns, &guards, answers);

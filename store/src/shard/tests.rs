@@ -1,7 +1,9 @@
 //! Sessions against real shards: a model, order, crashes, concurrency, limits.
 
+use super::durability::SYNC_THREADS;
 use super::map::Entry;
 use super::session::{LateAnswers, Session};
+use super::stripes::{Patience, StripeGuard, StripeSet};
 use crate::config::{Config, Fsync, MemoryConfig};
 use crate::engine::EngineError;
 use crate::{Store, StoreHandle};
@@ -549,6 +551,63 @@ fn a_change_of_fsync_acts_on_what_is_not_synced_yet_and_outlives_a_restart() {
     let handle = open(folder.path(), |config| config.fsync = Fsync::Always);
     assert_eq!(shard(&handle).durability.fsync(), Fsync::Never, "the record wins over the option");
     assert_eq!(handle.records()[0].settings.fsync, Some(Fsync::Never));
+}
+
+/// A thread that syncs stayed with a shard for as long as it was written to: four of them, and no other shard was ever synced.
+#[test]
+fn shards_that_always_want_a_sync_leave_others_their_rounds() {
+    let folder = tempfile::tempdir().unwrap();
+    let handle = open(folder.path(), |_| {});
+    let busy = KeyspaceRecord::new(KeyspaceId(1), "busy", &[handle.id(); SYNC_THREADS]).unwrap();
+    handle.put_record(busy.with_settings(Settings { fsync: Some(Fsync::Always) })).unwrap();
+    let map = handle.core().shards.current();
+    let shards: Vec<_> = map.serving().filter(|shard| shard.key.keyspace == KeyspaceId(1)).collect();
+    assert_eq!(shards.len(), SYNC_THREADS);
+    for shard in shards {
+        // As if another batch had been written during each sync.
+        shard.durability.hold(u64::MAX, Vec::new(), Arc::default());
+        handle.core().sync_bell.ring();
+    }
+    assert_eq!(Client::new(&handle).call(&[b"set", b"k", b"1"]), "OK");
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while shard(&handle).durability.figures().syncs == 0 {
+        assert!(Instant::now() < deadline, "its round never came");
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn always_is_not_confirmed_when_what_was_written_before_cannot_be_synced() {
+    let folder = tempfile::tempdir().unwrap();
+    let handle = open(folder.path(), |_| {});
+    assert_eq!(Client::new(&handle).call(&[b"set", b"k", b"1"]), "OK");
+    let (shard, bell) = (shard(&handle), &handle.core().sync_bell);
+    shard.fail("the disk is gone");
+    for _ in 0..2 {
+        let refused = shard.set_fsync(Fsync::Always, bell).unwrap_err().to_string();
+        assert!(refused.contains("the disk is gone"), "{refused}");
+    }
+}
+
+/// What waited for a lock took for alive what others had seen dead meanwhile, and gave it a longer life.
+#[test]
+fn a_key_that_expires_while_a_command_waits_for_its_lock_stays_dead() {
+    let folder = tempfile::tempdir().unwrap();
+    let handle = open(folder.path(), |_| {});
+    let mut client = Client::new(&handle);
+    assert_eq!(client.call(&[b"set", b"k", b"v", b"px", b"300"]), "OK");
+    let core = handle.core();
+    let mut set = StripeSet::default();
+    set.add_all();
+    let mut guards: smallvec::SmallVec<[StripeGuard<'_>; 64]> = smallvec::SmallVec::new();
+    assert!(set.lock(&core.stripes, Patience::Unbounded, &mut guards));
+    // It goes to the lane, which waits.
+    assert_eq!(send_without_waiting(&mut client, &[b"persist", b"k"]), 0);
+    std::thread::sleep(Duration::from_millis(400));
+    drop(guards);
+    assert_eq!(late_answers(&mut client), ["0"]);
+    client.sent.clear();
+    assert_eq!(client.call(&[b"get", b"k"]), "null");
 }
 
 /// `SET k 2` was under way behind a `SET k 1` that was refused: it must not overtake it.
