@@ -596,6 +596,7 @@ fn a_key_that_expires_while_a_command_waits_for_its_lock_stays_dead() {
     let handle = open(folder.path(), |_| {});
     let mut client = Client::new(&handle);
     assert_eq!(client.call(&[b"set", b"k", b"v", b"px", b"300"]), "OK");
+    let expired = Instant::now() + Duration::from_millis(310);
     let core = handle.core();
     let mut set = StripeSet::default();
     set.add_all();
@@ -603,7 +604,9 @@ fn a_key_that_expires_while_a_command_waits_for_its_lock_stays_dead() {
     assert!(set.lock(&core.stripes, Patience::Unbounded, &mut guards));
     // It goes to the lane, which waits.
     assert_eq!(send_without_waiting(&mut client, &[b"persist", b"k"]), 0);
-    std::thread::sleep(Duration::from_millis(400));
+    while Instant::now() < expired {
+        std::thread::yield_now();
+    }
     drop(guards);
     assert_eq!(late_answers(&mut client), ["0"]);
     client.sent.clear();
