@@ -36,7 +36,8 @@ const RETRY_PAUSE_MAX: Duration = Duration::from_millis(1600);
 /// Keeps a session with one of the masters until `shutdown`. `address` is host:port where gateways reach this store.
 pub async fn run(handle: StoreHandle, masters: Vec<String>, address: String, shutdown: CancellationToken) {
     let store = handle.id();
-    let registration = Registration { handle, address };
+    let (host, disk) = handle.host_and_disk();
+    let registration = Registration { handle, address, host, disk };
     let mut pause = RETRY_PAUSE_MIN;
     let mut reason_before = String::new();
     for master in masters.iter().cycle() {
@@ -64,6 +65,9 @@ pub async fn run(handle: StoreHandle, masters: Vec<String>, address: String, shu
 struct Registration {
     handle: StoreHandle,
     address: String,
+    /// Where the data lie; neither changes while the process lives.
+    host: String,
+    disk: String,
 }
 
 /// How a session ended.
@@ -165,8 +169,7 @@ impl Registration {
     async fn report(&self, records: Records, failure: String) -> pb::StoreReport {
         let handle = self.handle.clone();
         // Asking the file system may block.
-        let asked = tokio::task::spawn_blocking(move || (handle.free_disk_bytes(), handle.host_and_disk())).await;
-        let (free_disk_bytes, (host, disk)) = asked.unwrap_or_default();
+        let asked = tokio::task::spawn_blocking(move || handle.free_disk_bytes()).await;
         let (zone, tags) = self.handle.zone_and_tags();
         let has_records = match records {
             Records::All => true,
@@ -179,11 +182,11 @@ impl Registration {
             protocol_version: PROTOCOL_VERSION,
             records: if has_records { self.handle.records().iter().map(Into::into).collect() } else { Vec::new() },
             has_records,
-            free_disk_bytes,
+            free_disk_bytes: asked.unwrap_or_default(),
             zone: zone.to_owned(),
             tags: tags.to_vec(),
-            disk,
-            host,
+            disk: self.disk.clone(),
+            host: self.host.clone(),
             failure,
             fsync: Fsync::code(Some(self.handle.fsync())),
         }
