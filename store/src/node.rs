@@ -447,9 +447,7 @@ impl Node {
         }
         result
     }
-}
 
-impl Node {
     /// Has the folder of a shard deleted whose keyspace was dropped; if the store is stopping, its next start does it.
     fn remove(&self, dropped: Dropped) {
         if let Some(removing) = &*self.removing.lock() {

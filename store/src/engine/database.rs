@@ -238,10 +238,7 @@ impl Database {
     }
 
     pub fn put_meta_synced(&self, name: &[u8], value: &[u8]) -> Result<(), EngineError> {
-        let sequence = self.sequence();
-        self.db.put_cf_opt(self.family(META), name, value, &self.synced_writes)?;
-        self.synced.up_to.fetch_max(sequence, Ordering::AcqRel);
-        Ok(())
+        self.synced_by(|db| db.put_cf_opt(self.family(META), name, value, &self.synced_writes))
     }
 
     /// Finds out whether the disk takes writes again: one that is synced and waits for nothing.
@@ -255,8 +252,13 @@ impl Database {
 
     /// Everything written so far survives a power cut.
     pub fn sync_log(&self) -> Result<(), EngineError> {
+        self.synced_by(|db| db.flush_wal(true))
+    }
+
+    /// What was written before a call that syncs the log is synced when it has succeeded.
+    fn synced_by(&self, sync: impl FnOnce(&DB) -> Result<(), rocksdb::Error>) -> Result<(), EngineError> {
         let sequence = self.sequence();
-        self.db.flush_wal(true)?;
+        sync(&self.db)?;
         self.synced.up_to.fetch_max(sequence, Ordering::AcqRel);
         Ok(())
     }

@@ -92,6 +92,16 @@ fn a_flipped_bit_in_a_header_is_refused_with_the_name_of_the_file() {
     }
 }
 
+/// What a killed process leaves of a new database; returns its folder in `folder`.
+fn killed_after(engine: &Engine, folder: &Path, run: impl FnOnce(&Database)) -> PathBuf {
+    let (original, copy) = (folder.join("original"), folder.join("copy"));
+    fs::create_dir_all(&original).unwrap();
+    let database = Database::open(engine, &original, RULES).unwrap();
+    run(&database);
+    copy_folder(&original, &copy);
+    copy
+}
+
 /// Turns over a stretch of the log's record with this number, counted from its end.
 fn spoil(log: &Path, from_end: usize) {
     let mut content = fs::read(log).unwrap();
@@ -113,15 +123,11 @@ fn spoil(log: &Path, from_end: usize) {
 fn a_log_is_cut_off_only_behind_what_is_synced() {
     let engine = engine();
     let folder = tempfile::tempdir().unwrap();
-    let original = folder.path().join("original");
-    fs::create_dir_all(&original).unwrap();
-    let database = Database::open(&engine, &original, RULES).unwrap();
-    put(&database, 0..20);
-    database.sync_log().unwrap();
-    put(&database, 20..50);
-    let copy = folder.path().join("copy");
-    copy_folder(&original, &copy);
-    drop(database);
+    let copy = killed_after(&engine, folder.path(), |database| {
+        put(database, 0..20);
+        database.sync_log().unwrap();
+        put(database, 20..50);
+    });
     let log = find(&copy, |name| name.ends_with(".log"));
     let whole = fs::read(&log).unwrap();
 
@@ -150,18 +156,14 @@ fn a_log_is_cut_off_only_behind_what_is_synced() {
 fn what_was_synced_before_a_pause_is_noted() {
     let engine = engine();
     let folder = tempfile::tempdir().unwrap();
-    let original = folder.path().join("original");
-    fs::create_dir_all(&original).unwrap();
-    let database = Database::open(&engine, &original, RULES).unwrap();
-    put(&database, 0..20);
-    database.sync_log().unwrap();
-    database.note_synced().unwrap();
-    let sequence = database.sequence();
-    database.note_synced().unwrap();
-    assert_eq!(database.sequence(), sequence, "once is enough");
-    let copy = folder.path().join("copy");
-    copy_folder(&original, &copy);
-    drop(database);
+    let copy = killed_after(&engine, folder.path(), |database| {
+        put(database, 0..20);
+        database.sync_log().unwrap();
+        database.note_synced().unwrap();
+        let sequence = database.sequence();
+        database.note_synced().unwrap();
+        assert_eq!(database.sequence(), sequence, "once is enough");
+    });
     spoil(&find(&copy, |name| name.ends_with(".log")), 2);
     let error = Database::open(&engine, &copy, RULES).err().expect("it is refused").to_string();
     assert!(error.contains("synced"), "{error}");
