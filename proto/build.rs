@@ -4,6 +4,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let file = "proto/vasto.proto";
     println!("cargo:rerun-if-changed={file}");
     let descriptors = protox::compile([file], ["proto"])?;
-    tonic_prost_build::configure().bytes(".vasto.Frame.packed").compile_fds(descriptors)?;
+    tonic_prost_build::configure()
+        .bytes(".vasto.Frame.packed")
+        .bytes(".vasto.LogPart.batches")
+        .bytes(".vasto.CopyPart.data")
+        .compile_fds(descriptors)?;
     Ok(())
 }

@@ -47,6 +47,8 @@ pub struct ClientRecord {
     pub no_touch: AtomicBool,
     query_bytes: AtomicUsize,
     output_bytes: AtomicUsize,
+    is_blocked: AtomicBool,
+    reads_from_replicas: AtomicBool,
     is_killed: AtomicBool,
     waker: Mutex<Option<Waker>>,
 }
@@ -70,6 +72,8 @@ impl ClientRecord {
             no_touch: AtomicBool::new(false),
             query_bytes: AtomicUsize::new(0),
             output_bytes: AtomicUsize::new(0),
+            is_blocked: AtomicBool::new(false),
+            reads_from_replicas: AtomicBool::new(false),
             is_killed: AtomicBool::new(false),
             waker: Mutex::default(),
         }
@@ -152,6 +156,20 @@ impl ClientRecord {
         self.output_bytes.load(Ordering::Relaxed)
     }
 
+    /// A command that waits (WAIT) holds it up.
+    pub fn set_blocked(&self, is_blocked: bool) {
+        self.is_blocked.store(is_blocked, Ordering::Relaxed);
+    }
+
+    pub fn is_blocked(&self) -> bool {
+        self.is_blocked.load(Ordering::Relaxed)
+    }
+
+    /// READONLY.
+    pub fn set_reads_from_replicas(&self, reads_from_replicas: bool) {
+        self.reads_from_replicas.store(reads_from_replicas, Ordering::Relaxed);
+    }
+
     /// Asks the connection to close; its own worker does it.
     pub fn kill(&self) {
         self.is_killed.store(true, Ordering::Release);
@@ -182,8 +200,10 @@ impl ClientRecord {
         let mut flags = String::new();
         for (is_set, letter) in [
             (self.queued_commands() >= 0, 'x'),
+            (self.is_blocked(), 'b'),
             (self.is_killed(), 'A'),
             (self.is_unix, 'U'),
+            (self.reads_from_replicas.load(Ordering::Relaxed), 'r'),
             (self.no_evict.load(Ordering::Relaxed), 'e'),
             (self.no_touch.load(Ordering::Relaxed), 'T'),
         ] {
@@ -379,6 +399,8 @@ mod tests {
         clients.remove(first.id);
         assert_eq!((clients.count(), clients.all().len()), (1, 1));
         assert!(second.line(unix_ms()).contains(" flags=U "));
+        second.set_reads_from_replicas(true);
+        assert!(second.line(unix_ms()).contains(" flags=Ur "));
         second.kill();
         assert!(second.is_killed());
     }

@@ -14,6 +14,7 @@ use crate::shared::Shared;
 use crate::upstream::masters::Change;
 use crate::upstream::pool::{Refused, Request, packed_arguments};
 use crate::worker::Worker;
+use futures_util::FutureExt;
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::io;
@@ -60,6 +61,12 @@ macro_rules! on_socket {
 impl Socket {
     fn try_write(&self, bytes: &[u8]) -> io::Result<usize> {
         on_socket!(self, socket => socket.try_write(bytes))
+    }
+
+    /// Whether the client has closed its side, without reading what it sent before.
+    fn is_read_closed(&self) -> bool {
+        let ready = on_socket!(self, socket => socket.ready(Interest::READABLE).now_or_never());
+        ready.and_then(Result::ok).is_some_and(|ready| ready.is_read_closed())
     }
 
     /// Tells the runtime that everything was read, which a short read shows without asking the kernel again.
@@ -184,6 +191,7 @@ pub struct Connection {
     state: RefCell<State>,
     waker: RefCell<Option<Waker>>,
     is_touched: Cell<bool>,
+    is_to_be_checked: Cell<bool>,
     is_closed: Cell<bool>,
 }
 
@@ -221,6 +229,7 @@ impl Connection {
             state: RefCell::new(state),
             waker: RefCell::default(),
             is_touched: Cell::new(false),
+            is_to_be_checked: Cell::new(false),
             is_closed: Cell::new(false),
         }
     }
@@ -515,6 +524,13 @@ impl Connection {
         self.answered(request, &packed, &[]);
     }
 
+    /// Nothing came of the request and its time is over.
+    pub fn failed(self: &Rc<Self>, request: &Request, reason: &str) {
+        let mut packed = Vec::new();
+        ReplyWriter::new(&mut packed).error(error::shard_unreachable(reason).text());
+        self.answered(request, &packed, &[]);
+    }
+
     /// The request was not executed and may be sent again.
     pub fn refused(self: &Rc<Self>, refused: Refused) {
         if self.is_closed.get() {
@@ -522,7 +538,7 @@ impl Connection {
         }
         let state = &mut *self.state.borrow_mut();
         state.outstanding -= 1;
-        state.refused_since.get_or_insert_with(Instant::now);
+        state.refused_since.get_or_insert(refused.since);
         state.refused.push(refused);
         self.resend_refused(state);
     }
@@ -539,8 +555,14 @@ impl Connection {
         }
     }
 
+    /// True for the first who asks until the next [`Connection::check`]: thousands may wait for one primary.
+    pub fn is_first_to_ask_for_check(&self) -> bool {
+        !self.is_to_be_checked.replace(true)
+    }
+
     /// Called by the worker every few milliseconds while the connection waits for something that gives no sign.
     pub fn check(self: &Rc<Self>) {
+        self.is_to_be_checked.set(false);
         if self.is_closed.get() {
             return;
         }
@@ -559,9 +581,11 @@ impl Connection {
         let mut refused = std::mem::take(&mut state.refused);
         refused.sort_by_key(|refused| (refused.request.sequence, refused.request.part));
         let mut told = Vec::new();
+        let mut parked = Vec::new();
         for operation in refused {
             let target = operation.request.target;
-            let owner = routing.keyspace(target.keyspace).and_then(|keyspace| keyspace.owner(target.shard));
+            let keyspace = routing.keyspace(target.keyspace);
+            let owner = keyspace.and_then(|keyspace| keyspace.owner(target.shard));
             match owner {
                 Some((store, epoch)) if !is_late && !self.worker.link(store).is_given_up(deadline) => {
                     let mut flags = 0;
@@ -575,21 +599,40 @@ impl Connection {
                     state.outstanding += 1;
                     self.worker.link(store).push_again(self, &operation, epoch, flags);
                 }
+                None if !is_late && keyspace.is_some_and(|keyspace| keyspace.is_vacant(target.shard)) => {
+                    parked.push(operation);
+                }
                 Some(_) | None => {
-                    let text = if operation.text.is_empty() {
-                        error::SHARD_UNREACHABLE.text().to_owned()
+                    let error = if operation.outcome == Outcome::NoReplicas {
+                        error::NO_REPLICAS
                     } else {
-                        format!("{} ({})", error::SHARD_UNREACHABLE.text(), operation.text)
+                        error::shard_unreachable(&operation.text)
                     };
                     let mut packed = Vec::new();
-                    ReplyWriter::new(&mut packed).error(&text);
+                    ReplyWriter::new(&mut packed).error(error.text());
                     self.settle_failed(state, &operation.request, &packed);
                 }
             }
         }
-        if state.outstanding == 0 {
+        if !parked.is_empty() {
+            // What was refused meanwhile (a further round of a command) belongs behind it.
+            parked.append(&mut state.refused);
+            state.refused = parked;
+            state.refused_since.get_or_insert_with(Instant::now);
+            self.worker.check_later(self);
+        } else if state.outstanding == 0 && state.refused.is_empty() {
             state.refused_since = None;
         }
+    }
+
+    /// A request that cannot be sent, since its shard has no primary: it waits for one like a refused one.
+    pub fn park(self: &Rc<Self>, state: &mut State, request: Request, operation: Vec<u8>) {
+        let text = error::vacant(request.target);
+        let since = Instant::now();
+        let refused = Refused { request, outcome: Outcome::NotServing, text, since, operation: operation.into() };
+        state.refused_since.get_or_insert(since);
+        state.refused.push(refused);
+        self.worker.check_later(self);
     }
 
     fn settle_failed(self: &Rc<Self>, state: &mut State, request: &Request, packed: &[u8]) {
@@ -752,11 +795,23 @@ impl Connection {
         let answers = std::mem::take(&mut progress.answers).into_iter().map(Option::unwrap_or_default).collect();
         let context = &mut self.context(&mut state.session, &routing, &mut packed);
         match progress.ask.next(context, answers) {
+            // A command of a transaction that asks nobody.
+            Ok(crate::command::Round::Again(requests)) if requests.is_empty() => {
+                progress.answers.clear();
+                self.next_round(state, index);
+            }
             Ok(crate::command::Round::Again(requests)) => {
                 progress.answers = vec![None; requests.len()];
                 progress.left = requests.len();
                 let sequence = state.first_sequence + index as u64;
                 dispatch::send_requests(self, state, sequence, requests);
+            }
+            Ok(crate::command::Round::Later { pause, requests, .. }) => {
+                progress.answers = vec![None; requests.len()];
+                progress.left = requests.len();
+                let sequence = state.first_sequence + index as u64;
+                state.session.client.set_blocked(true);
+                self.go_on_later(sequence, pause, requests);
             }
             Ok(crate::command::Round::Done) => {
                 self.settle_named(state, index, &packed);
@@ -767,6 +822,30 @@ impl Connection {
                 self.settle_named(state, index, &packed);
             }
         }
+    }
+
+    /// Another round of a command, after a pause; only its own connection waits for it.
+    fn go_on_later(self: &Rc<Self>, sequence: u64, pause: Duration, requests: Vec<crate::command::ShardRequest>) {
+        let connection = Rc::clone(self);
+        self.worker.spawn(async move {
+            tokio::time::sleep(pause).await;
+            if connection.is_closed.get() {
+                return;
+            }
+            connection.worker.read_clock();
+            let state = &mut *connection.state.borrow_mut();
+            state.session.client.set_blocked(false);
+            if connection.socket.is_read_closed() {
+                // As Redis: nobody waits for the answer of a command that is held up.
+                state.closing = Closing::Now;
+            } else if requests.is_empty() {
+                connection.next_round(state, (sequence - state.first_sequence) as usize);
+            } else {
+                dispatch::send_requests(&connection, state, sequence, requests);
+            }
+            connection.flush(state);
+            connection.wake();
+        });
     }
 
     /// A reply that leaves after a while; later commands wait for it.

@@ -7,11 +7,13 @@ use crate::resp::scanner::CommandLine;
 use crate::route::merge::Gather;
 use crate::route::plan::{self, Plan};
 use crate::routing::KeyspaceRoutes;
-use crate::session::{QueuedCommand, ReplyMode};
+use crate::session::{QueuedCommand, ReplyMode, Session};
 use crate::upstream::pool::{ALONE_BYTES, Request};
 use std::rc::Rc;
 use std::time::Instant;
-use vasto_proto::batch::{Arguments, FLAG_LARGE_PERMIT, write_bytes};
+use vasto_proto::batch::{
+    Arguments, FLAG_AFTER_REFUSAL, FLAG_FROM_REPLICA, FLAG_LARGE_PERMIT, OperationHead, write_bytes, write_operation,
+};
 use vasto_proto::command::table::{self, Command, GatewayCommand, StoreCommand};
 use vasto_proto::command::{Args, CommandSpec, Flags, ReplyWriter, Route};
 use vasto_proto::error;
@@ -288,8 +290,9 @@ fn send(connection: &Rc<Connection>, state: &mut State, command: StoreCommand, l
     match plan {
         Ok(Plan::One(target)) => {
             let bytes: usize = line.words_from(1).map(|word| word.len() + 4).sum();
-            let Some(mut sender) = Sender::to(connection, command, target, bytes) else {
-                return Flow::Blocked;
+            let mut sender = match Sender::to(connection, &state.session, command, target, bytes) {
+                Ok(sender) => sender,
+                Err(no_way) => return wait_for_way(connection, state, no_way),
             };
             let is_muted = take_muted(state);
             state.session.client.set_last_command(row);
@@ -300,9 +303,9 @@ fn send(connection: &Rc<Connection>, state: &mut State, command: StoreCommand, l
         Ok(Plan::Many { parts, merge }) => {
             let mut senders = Vec::with_capacity(parts.len());
             for part in &parts {
-                match Sender::to(connection, command, part.target, 0) {
-                    Some(sender) => senders.push(sender),
-                    None => return Flow::Blocked,
+                match Sender::to(connection, &state.session, command, part.target, 0) {
+                    Ok(sender) => senders.push(sender),
+                    Err(no_way) => return wait_for_way(connection, state, no_way),
                 }
             }
             let is_muted = take_muted(state);
@@ -344,6 +347,33 @@ fn send(connection: &Rc<Connection>, state: &mut State, command: StoreCommand, l
     Flow::Done
 }
 
+/// Why an operation cannot be sent now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum NoWay {
+    /// The link is full; the connection is woken when it has room.
+    Full,
+    /// The shard is between two primaries, or gone.
+    NoPrimary(ShardKey),
+}
+
+/// The command waits: for room, or within the deadline for a primary.
+fn wait_for_way(connection: &Rc<Connection>, state: &mut State, no_way: NoWay) -> Flow {
+    let NoWay::NoPrimary(shard) = no_way else {
+        return Flow::Blocked;
+    };
+    let since = *state.blocked_since.get_or_insert_with(Instant::now);
+    if since.elapsed() < connection.shared().settings.request_deadline() {
+        connection.worker().check_later(connection);
+        return Flow::Blocked;
+    }
+    state.blocked_since = None;
+    let is_muted = take_muted(state);
+    let error = error::shard_unreachable(&error::vacant(shard));
+    connection.shared().statistics.error(error.text().as_bytes());
+    connection.owe_error(state, error.text().as_bytes(), is_muted);
+    Flow::Done
+}
+
 /// One operation on its way to its link.
 struct Sender {
     link: Rc<crate::upstream::pool::Link>,
@@ -351,23 +381,35 @@ struct Sender {
 }
 
 impl Sender {
-    /// `None`: the link is full; the connection is woken when it has room.
-    fn to(connection: &Rc<Connection>, command: StoreCommand, target: ShardKey, bytes: usize) -> Option<Self> {
+    fn to(
+        connection: &Rc<Connection>,
+        session: &Session,
+        command: StoreCommand,
+        target: ShardKey,
+        bytes: usize,
+    ) -> Result<Self, NoWay> {
         let worker = connection.worker();
         let routing = worker.routing();
-        let Some((store, epoch)) = routing.keyspace(target.keyspace).and_then(|keyspace| keyspace.owner(target.shard))
-        else {
-            connection.worker().check_later(connection);
-            return None;
+        let keyspace = routing.keyspace(target.keyspace).ok_or(NoWay::NoPrimary(target))?;
+        let is_read = command.spec().flags.contains(Flags::READONLY);
+        let mut flags = if bytes > vasto_proto::net::LARGE_VALUE_BYTES { FLAG_LARGE_PERMIT } else { 0 };
+        let replica = if is_read && session.reads_from_replicas {
+            let answers = |store| routing.is_up(store) && !worker.link(store).is_down();
+            keyspace.replica(target.shard, connection.id(), answers)
+        } else {
+            None
         };
+        if replica.is_some() {
+            // A refusal is answered by the primary: the replica has nothing to hold back the next read for.
+            flags |= FLAG_FROM_REPLICA | FLAG_AFTER_REFUSAL;
+        }
+        let (store, epoch) = replica.or_else(|| keyspace.owner(target.shard)).ok_or(NoWay::NoPrimary(target))?;
         let link = worker.link(store);
         if link.holds_up(connection) {
-            return None;
+            return Err(NoWay::Full);
         }
-        let flags = if bytes > vasto_proto::net::LARGE_VALUE_BYTES { FLAG_LARGE_PERMIT } else { 0 };
-        let is_read = command.spec().flags.contains(Flags::READONLY);
         let request = Request { target, epoch, command: command.code(), flags, is_read, sequence: 0, part: 0 };
-        Some(Self { link, request })
+        Ok(Self { link, request })
     }
 
     fn send<'a>(
@@ -383,6 +425,9 @@ impl Sender {
         }
         if state.has_permit() {
             self.request.flags |= FLAG_LARGE_PERMIT;
+        }
+        if !self.request.is_read {
+            state.session.written.note(self.request.target);
         }
         state.outstanding += 1;
         self.link.push(connection, self.request, words, bytes);
@@ -405,10 +450,26 @@ pub fn send_requests(connection: &Rc<Connection>, state: &mut State, sequence: u
             sequence,
             part: part as u32,
         };
-        let bytes = request.arguments.iter().map(|argument| argument.len() + 4).sum();
-        // A shard that is gone has no owner: the operation goes to store 0, which no topology has, and is refused until the deadline.
-        let store = owner.map(|(store, _)| store).unwrap_or_default();
+        let arguments = || request.arguments.iter().map(Vec::as_slice);
+        if request.command == StoreCommand::InternalExec {
+            state.session.written.note(request.target);
+        }
+        let Some((store, _)) = owner else {
+            let mut packed = Vec::new();
+            let head = OperationHead {
+                id: 0,
+                connection: connection.id(),
+                target: operation.target,
+                epoch: operation.epoch,
+                command: operation.command,
+                flags: operation.flags,
+            };
+            write_operation(&mut packed, &head, arguments());
+            connection.park(state, operation, packed);
+            continue;
+        };
+        let bytes = arguments().map(|argument| argument.len() + 4).sum();
         state.outstanding += 1;
-        worker.link(store).push(connection, operation, request.arguments.iter().map(Vec::as_slice), bytes);
+        worker.link(store).push(connection, operation, arguments(), bytes);
     }
 }

@@ -1,8 +1,10 @@
-//! Follows the master: keeps the latest snapshot of the cluster, whatever becomes of the master.
+//! Follows all masters: keeps the latest snapshot of the cluster, whatever becomes of any of them.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use thiserror::Error;
 use tokio::sync::watch;
 use tokio_stream::StreamExt;
@@ -11,10 +13,10 @@ use tokio_util::task::TaskTracker;
 use tracing::{error, info, warn};
 use vasto_proto::id::ClusterId;
 use vasto_proto::pb::master_client::MasterClient;
-use vasto_proto::topology::{KeyspaceRecord, ShardRecord, Snapshot, StoreInfo};
+use vasto_proto::topology::{KeyspaceRecord, Snapshot, StoreInfo};
 use vasto_proto::{PROTOCOL_VERSION, net, pb};
 
-/// The master's first snapshot leaves at once; one that takes longer hangs, and another address is tried.
+/// The master's first snapshot leaves at once; one that takes longer hangs, and the stream is opened anew.
 const FIRST_SNAPSHOT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Between attempts to reach a master: doubles from the first to the last, minus up to a half at random, so that all
@@ -22,74 +24,126 @@ const FIRST_SNAPSHOT_TIMEOUT: Duration = Duration::from_secs(5);
 const RETRY_PAUSE_MIN: Duration = Duration::from_millis(100);
 const RETRY_PAUSE_MAX: Duration = Duration::from_millis(1600);
 
-/// The latest snapshot, at first an empty one. The task that keeps it belongs to `tracker` and ends at `shutdown`.
+/// The latest snapshot, at first an empty one. The tasks that keep it belong to `tracker` and end at `shutdown`.
 pub fn follow(
     masters: Vec<String>,
     tracker: &TaskTracker,
     shutdown: CancellationToken,
 ) -> watch::Receiver<Arc<Snapshot>> {
     let (sender, receiver) = watch::channel(Arc::new(Snapshot::default()));
-    tracker.spawn(async move { shutdown.run_until_cancelled(keep_following(&masters, &sender)).await });
+    let followed = Arc::new(Followed { latest: sender, streams: Mutex::default() });
+    let distinct: BTreeSet<String> = masters.into_iter().collect();
+    for (number, master) in distinct.into_iter().enumerate() {
+        let (followed, shutdown) = (Arc::clone(&followed), shutdown.clone());
+        tracker.spawn(async move { shutdown.run_until_cancelled(followed.keep_following(number, &master)).await });
+    }
     receiver
 }
 
-async fn keep_following(masters: &[String], latest: &watch::Sender<Arc<Snapshot>>) {
-    let mut pause = RETRY_PAUSE_MIN;
-    let mut reason_before = String::new();
-    for master in masters.iter().cycle() {
-        let mut heard = false;
-        let reason = match watch_once(master, latest, &mut heard).await {
-            Ok(()) => "the master ended the stream".to_owned(),
-            Err(reason) => reason,
-        };
-        if heard {
-            pause = RETRY_PAUSE_MIN;
-            reason_before.clear();
-        }
-        // One line a reason, not one an attempt.
-        if reason != reason_before {
-            warn!(master, reason, "no master; the topology known so far is kept, trying again");
-            reason_before = reason;
-        }
-        let jitter = pause.mul_f64(fastrand::f64() / 2.0);
-        tokio::time::sleep(pause - jitter).await;
-        pause = (pause * 2).min(RETRY_PAUSE_MAX);
-    }
+struct Followed {
+    latest: watch::Sender<Arc<Snapshot>>,
+    /// What each master said last whose stream is open.
+    streams: Mutex<BTreeMap<usize, Snapshot>>,
 }
 
-/// One stream of snapshots, to its end.
-async fn watch_once(master: &str, latest: &watch::Sender<Arc<Snapshot>>, heard: &mut bool) -> Result<(), String> {
-    let endpoint = net::endpoint(master).map_err(|error| describe(&error))?;
-    let opening = async {
-        let channel = endpoint.connect().await.map_err(|error| describe(&error))?;
-        let mut client = MasterClient::new(channel);
-        let request = pb::WatchRequest { protocol_version: PROTOCOL_VERSION };
-        let mut snapshots =
-            client.watch_topology(request).await.map_err(|status| status.message().to_owned())?.into_inner();
-        let first = snapshots.next().await;
-        Ok::<_, String>((snapshots, first))
-    };
-    let opened = tokio::time::timeout(FIRST_SNAPSHOT_TIMEOUT, opening).await;
-    let (mut snapshots, mut next) = opened.map_err(|_| "the master does not answer".to_owned())??;
-    while let Some(message) = next {
-        let received = message.map_err(|status| status.message().to_owned())?;
-        let received = Snapshot::try_from(received).map_err(|error| describe(&error))?;
-        let merged = match merge(&latest.borrow(), received) {
-            Ok(merged) => merged,
-            Err(refused) => {
+impl Followed {
+    async fn keep_following(&self, number: usize, master: &str) {
+        let mut pause = RETRY_PAUSE_MIN;
+        let mut reason_before = String::new();
+        loop {
+            let mut heard = false;
+            let reason = match self.watch_once(number, master, &mut heard).await {
+                Ok(()) => "the master ended the stream".to_owned(),
+                Err(reason) => reason,
+            };
+            self.streams.lock().remove(&number);
+            // Another master may know better from now on.
+            if let Err(refused) = self.refresh() {
+                error!(master, "{refused}; the topology known so far is kept");
+            }
+            if heard {
+                pause = RETRY_PAUSE_MIN;
+                reason_before.clear();
+            }
+            // One line a reason, not one an attempt.
+            if reason != reason_before {
+                warn!(master, reason, "no stream of this master; the topology known so far is kept, trying again");
+                reason_before = reason;
+            }
+            let jitter = pause.mul_f64(fastrand::f64() / 2.0);
+            tokio::time::sleep(pause - jitter).await;
+            pause = (pause * 2).min(RETRY_PAUSE_MAX);
+        }
+    }
+
+    /// One stream of snapshots, to its end.
+    async fn watch_once(&self, number: usize, master: &str, heard: &mut bool) -> Result<(), String> {
+        let endpoint = net::endpoint(master).map_err(|error| describe(&error))?;
+        let opening = async {
+            let channel = endpoint.connect().await.map_err(|error| describe(&error))?;
+            let mut client = MasterClient::new(channel).max_decoding_message_size(net::CONTROL_BYTES_MAX);
+            let request = pb::WatchRequest { protocol_version: PROTOCOL_VERSION };
+            let mut snapshots =
+                client.watch_topology(request).await.map_err(|status| status.message().to_owned())?.into_inner();
+            let first = snapshots.next().await;
+            Ok::<_, String>((snapshots, first))
+        };
+        let opened = tokio::time::timeout(FIRST_SNAPSHOT_TIMEOUT, opening).await;
+        let (mut snapshots, mut next) = opened.map_err(|_| "the master does not answer".to_owned())??;
+        while let Some(message) = next {
+            let received = message.map_err(|status| status.message().to_owned())?;
+            let received = Snapshot::try_from(received).map_err(|error| describe(&error))?;
+            let cluster = received.cluster;
+            self.streams.lock().insert(number, received);
+            if let Err(refused) = self.refresh() {
                 error!(master, "{refused}; the topology known so far is kept");
                 return Err(refused.to_string());
             }
-        };
-        if !*heard {
-            *heard = true;
-            info!(master, cluster = %merged.cluster, "following the master");
+            if !*heard {
+                *heard = true;
+                info!(master, %cluster, "following the master");
+            }
+            next = snapshots.next().await;
         }
-        let before = latest.send_replace(Arc::new(merged));
-        log_changes(&before, &latest.borrow());
-        next = snapshots.next().await;
+        Ok(())
     }
-    Ok(())
+
+    /// Makes the latest snapshot of what all masters say.
+    fn refresh(&self) -> Result<(), OtherCluster> {
+        let streams = self.streams.lock();
+        let before = Arc::clone(&self.latest.borrow());
+        let Some(merged) = combine(&before, streams.values())? else { return Ok(()) };
+        if merged != *before {
+            log_changes(&before, &merged);
+            self.latest.send_replace(Arc::new(merged));
+        }
+        Ok(())
+    }
+}
+
+/// What to believe when several masters speak, knowing `known`: the newest records, whoever says them, and of stores what the leader says,
+/// else the master to which most stores have come. `None` if nobody speaks.
+fn combine<'a>(
+    known: &Snapshot,
+    received: impl Iterator<Item = &'a Snapshot>,
+) -> Result<Option<Snapshot>, OtherCluster> {
+    let mut received: Vec<&Snapshot> = received.collect();
+    // One that was overruled may not know it yet: the higher term leads. The sort is stable: else the first.
+    received.sort_by_key(|snapshot| {
+        let term = if snapshot.leadership.is_own { snapshot.leadership.term } else { 0 };
+        let up = snapshot.stores.iter().filter(|store| store.up).count();
+        std::cmp::Reverse((term, up))
+    });
+    let mut said = received.into_iter();
+    let Some(best) = said.next() else { return Ok(None) };
+    let mut merged = merge(known, best.clone())?;
+    for other in said {
+        let only_records =
+            Snapshot { keyspaces: other.keyspaces.clone(), dropped: other.dropped.clone(), ..merged.clone() };
+        let cluster = if other.cluster == ClusterId(0) { merged.cluster } else { other.cluster };
+        merged = merge(&merged, Snapshot { cluster, ..only_records })?;
+    }
+    Ok(Some(merged))
 }
 
 /// A snapshot that must not be believed.
@@ -141,8 +195,7 @@ pub fn merge(known: &Snapshot, received: Snapshot) -> Result<Snapshot, OtherClus
         }
     }
     let is_forgotten = |store: &&StoreInfo| {
-        let names_it = |shard: &ShardRecord| shard.primary == store.id || shard.replicas.contains(&store.id);
-        let has_shards = merged.keyspaces.iter().flat_map(|keyspace| &keyspace.shards).any(names_it);
+        let has_shards = merged.keyspaces.iter().any(|keyspace| keyspace.copies_of(store.id).next().is_some());
         has_shards && merged.store(store.id).is_none()
     };
     let forgotten: Vec<StoreInfo> =
@@ -185,6 +238,7 @@ mod tests {
 
     use super::*;
     use vasto_proto::id::{Epoch, KeyspaceId, StoreId};
+    use vasto_proto::topology::Leadership;
 
     fn store(id: u32, address: &str) -> StoreInfo {
         let up = !address.is_empty();
@@ -250,6 +304,29 @@ mod tests {
         // Nor does a master bring it back that has only heard a store which was away.
         let again = merge(&merged, Snapshot { keyspaces: known.keyspaces.clone(), ..without.clone() }).unwrap();
         assert_eq!((again.keyspaces, again.dropped), (without.keyspaces, merged.dropped));
+    }
+
+    #[test]
+    fn of_several_masters_the_newest_record_counts_and_of_stores_what_the_leader_says() {
+        let lead = |term, is_own| Leadership { term, is_own, ..Leadership::default() };
+        let leader = Snapshot { leadership: lead(7, true), ..snapshot(1, &[store(1, "one:1")]) };
+        let mut standby = Snapshot { leadership: lead(7, false), ..snapshot(1, &[store(1, "old:1")]) };
+        standby.keyspaces[0].epoch = Epoch(9);
+        let overruled = Snapshot { leadership: lead(6, true), ..snapshot(1, &[store(1, "older:1")]) };
+        let fresh = Snapshot { version: 1, ..Snapshot::default() };
+        let none = Snapshot::default();
+        for said in [[&standby, &leader, &overruled, &fresh], [&fresh, &overruled, &leader, &standby]] {
+            let merged = combine(&none, said.into_iter()).unwrap().unwrap();
+            assert_eq!((merged.keyspaces[0].epoch, merged.stores[0].address.as_str()), (Epoch(9), "one:1"));
+            assert_eq!((merged.leadership.term, merged.leadership.is_own), (7, true));
+        }
+        // When the leader is gone the others are heard, and nothing is forgotten.
+        let known = combine(&none, [&standby, &leader].into_iter()).unwrap().unwrap();
+        let merged = combine(&known, [&overruled].into_iter()).unwrap().unwrap();
+        assert_eq!((merged.keyspaces[0].epoch, merged.stores[0].address.as_str()), (Epoch(9), "older:1"));
+        assert_eq!(combine(&known, std::iter::empty()), Ok(None));
+        let stranger = snapshot(2, &[]);
+        assert!(combine(&none, [&leader, &stranger].into_iter()).is_err());
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use vasto_proto::id::{Epoch, KeyspaceId, ShardId, ShardKey, StoreId};
 use vasto_proto::slot::{SlotTable, slot_of};
-use vasto_proto::topology::{KeyspaceRecord, Snapshot};
+use vasto_proto::topology::{KeyspaceRecord, ShardRecord, Snapshot};
 
 /// One keyspace as a worker routes it.
 #[derive(Debug)]
@@ -36,10 +36,48 @@ impl KeyspaceRoutes {
         (0..self.record.shard_count()).map(|shard| self.shard_key(ShardId(shard)))
     }
 
-    /// The store that serves a shard, and under which epoch; `None` if the shard does not exist (any more).
+    /// The store that serves a shard, and under which epoch; `None` if the shard is vacant or does not exist (any more).
     pub fn owner(&self, shard: ShardId) -> Option<(StoreId, Epoch)> {
-        self.record.shards.get(usize::from(shard.0)).map(|shard| (shard.primary, shard.epoch))
+        self.shard(shard).filter(|shard| !shard.is_vacant()).map(|shard| (shard.primary, shard.epoch))
     }
+
+    /// The shard exists, and will have a primary.
+    pub fn is_vacant(&self, shard: ShardId) -> bool {
+        self.shard(shard).is_some_and(ShardRecord::is_vacant)
+    }
+
+    /// One of the replicas of a shard that `answers`, always the same for one `reader` while nothing changes.
+    pub fn replica(&self, shard: ShardId, reader: u32, answers: impl Fn(StoreId) -> bool) -> Option<(StoreId, Epoch)> {
+        let shard = self.shard(shard)?;
+        let count = shard.replicas.iter().filter(|store| answers(**store)).count();
+        let place = (reader as usize).checked_rem(count)?;
+        shard.replicas.iter().filter(|store| answers(**store)).nth(place).map(|store| (*store, shard.epoch))
+    }
+
+    pub fn shard(&self, shard: ShardId) -> Option<&ShardRecord> {
+        self.record.shards.get(usize::from(shard.0))
+    }
+}
+
+/// Whose answers an operation takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reader {
+    OfPrimaries,
+    /// READONLY: replicas' too.
+    OfReplicas,
+}
+
+/// What a store is to a shard, as far as an operation that was sent to it goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// It may answer.
+    Here,
+    /// Another is primary now, by plan: this one answers what it has taken, and nothing else.
+    HandingOver,
+    /// Another is primary now, or nobody.
+    Elsewhere,
+    /// This gateway does not know the shard (any more); the store does.
+    Unknown,
 }
 
 /// What a worker knows of the cluster; replaced as a whole when the topology changes.
@@ -58,6 +96,27 @@ impl Routing {
 
     pub fn keyspace(&self, id: KeyspaceId) -> Option<&Rc<KeyspaceRoutes>> {
         self.keyspaces.get(&id)
+    }
+
+    /// Whether the master hears of the store.
+    pub fn is_up(&self, store: StoreId) -> bool {
+        self.snapshot.store(store).is_some_and(|store| store.up)
+    }
+
+    /// What `store` is to a shard that an operation is for; a replica that is down is none for a read that asked for one.
+    pub fn place(&self, store: StoreId, target: ShardKey, reader: Reader) -> Place {
+        let Some(shard) = self.keyspace(target.keyspace).and_then(|keyspace| keyspace.shard(target.shard)) else {
+            return Place::Unknown;
+        };
+        if shard.primary == store
+            || reader == Reader::OfReplicas && shard.replicas.contains(&store) && self.is_up(store)
+        {
+            Place::Here
+        } else if shard.previous == store {
+            Place::HandingOver
+        } else {
+            Place::Elsewhere
+        }
     }
 
     pub fn keyspaces(&self) -> impl Iterator<Item = &Rc<KeyspaceRoutes>> {

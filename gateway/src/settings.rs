@@ -131,6 +131,14 @@ pub enum Live {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OfKeyspace {
     Fsync,
+    MinReplicas,
+}
+
+/// What the settings of a keyspace are, for CONFIG GET.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct OfKeyspaceShown {
+    pub fsync: Fsync,
+    pub min_replicas: u32,
 }
 
 /// One setting.
@@ -177,7 +185,6 @@ const fn aliased(
 
 const NO_PASSWORDS: Effect = Effect::Stated("passwords are not supported; keep the port away from strangers");
 const ALWAYS_LOGGED: Effect = Effect::Stated("every write is logged; the log cannot be switched off");
-const NO_REPLICAS: Effect = Effect::Stated("replication is arranged per keyspace, not by this setting");
 
 /// Every setting that CONFIG GET knows, in the order of names.
 pub const SETTINGS: &[Setting] = &[
@@ -252,7 +259,7 @@ pub const SETTINGS: &[Setting] = &[
     row("maxmemory-policy", "noeviction", POLICIES, Effect::Kept),
     row("maxmemory-samples", "5", Kind::Integer { min: 1, max: INT_MAX }, Effect::Kept),
     aliased("min-replicas-max-lag", "min-slaves-max-lag", "10", COUNT, Effect::Kept),
-    aliased("min-replicas-to-write", "min-slaves-to-write", "0", COUNT, NO_REPLICAS),
+    aliased("min-replicas-to-write", "min-slaves-to-write", "0", COUNT, Effect::OfKeyspace(OfKeyspace::MinReplicas)),
     row("no-appendfsync-on-rewrite", "no", Kind::Bool, Effect::Kept),
     row("notify-keyspace-events", "", Kind::Events, Effect::Kept),
     row("oom-score-adj", "no", Kind::Choice(&["no", "yes", "relative", "absolute"]), Effect::Kept),
@@ -460,21 +467,26 @@ impl Settings {
         find(name.as_bytes()).map(|place| self.texts.read()[place].clone()).unwrap_or_default()
     }
 
-    fn texts_with(&self, fsync: Fsync) -> Vec<String> {
+    fn texts_with(&self, shown: OfKeyspaceShown) -> Vec<String> {
         let mut texts = self.texts.read().clone();
         for (setting, text) in SETTINGS.iter().zip(&mut texts) {
             match setting.effect {
-                Effect::OfKeyspace(OfKeyspace::Fsync) => fsync.word().clone_into(text),
+                Effect::OfKeyspace(OfKeyspace::Fsync) => shown.fsync.word().clone_into(text),
+                Effect::OfKeyspace(OfKeyspace::MinReplicas) => *text = shown.min_replicas.to_string(),
                 Effect::Live(_) | Effect::Kept | Effect::Stated(_) | Effect::Fixed => {}
             }
         }
         texts
     }
 
-    /// Names and values that CONFIG GET answers: a name as it was asked, or all names that match a pattern; each once. `fsync` is
-    /// that of the keyspace of whoever asks.
-    pub fn get(&self, asked: impl IntoIterator<Item = impl AsRef<[u8]>>, fsync: Fsync) -> Vec<(Vec<u8>, String)> {
-        let texts = self.texts_with(fsync);
+    /// Names and values that CONFIG GET answers: a name as it was asked, or all names that match a pattern; each once. `shown` are
+    /// those of the keyspace of whoever asks.
+    pub fn get(
+        &self,
+        asked: impl IntoIterator<Item = impl AsRef<[u8]>>,
+        shown: OfKeyspaceShown,
+    ) -> Vec<(Vec<u8>, String)> {
+        let texts = self.texts_with(shown);
         let mut found: Vec<(Vec<u8>, String)> = Vec::new();
         let mut add = |name: &[u8], text: &String| {
             if !found.iter().any(|(known, _)| known.eq_ignore_ascii_case(name)) {
@@ -533,6 +545,7 @@ impl Settings {
             }
             match setting.effect {
                 Effect::OfKeyspace(OfKeyspace::Fsync) => changes.of_keyspace.fsync = Fsync::from_word(text.as_bytes()),
+                Effect::OfKeyspace(OfKeyspace::MinReplicas) => changes.of_keyspace.min_replicas = text.parse().ok(),
                 Effect::Live(_) | Effect::Kept | Effect::Stated(_) | Effect::Fixed => changes.here.push((place, text)),
             }
         }
@@ -854,7 +867,7 @@ mod tests {
         let settings = Settings::new(&Config::default());
         let names = |asked: &[&str]| -> Vec<String> {
             settings
-                .get(asked, Fsync::default())
+                .get(asked, OfKeyspaceShown::default())
                 .into_iter()
                 .map(|(name, _)| String::from_utf8(name).expect("text"))
                 .collect()

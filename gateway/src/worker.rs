@@ -16,12 +16,15 @@ use std::time::{Duration, Instant};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::{Notify, Semaphore, mpsc, watch};
 use tokio::task::LocalSet;
+use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 use vasto_proto::id::StoreId;
 use vasto_proto::topology::Snapshot;
 
 /// How often connections that wait for something without a sign (a topology, a pause, a store that comes back) are looked at.
 const CHECK_INTERVAL: Duration = Duration::from_millis(20);
+/// How often operations are looked for that a store does not answer.
+const SWEEP_INTERVAL: Duration = Duration::from_millis(100);
 /// Output buffers kept for the next reply, and the largest that is kept.
 const SPARE_BUFFERS_MAX: usize = 64;
 const SPARE_BUFFER_BYTES_MAX: usize = 64 << 10;
@@ -97,6 +100,7 @@ impl Worker {
         });
         let checks = worker.run_checks();
         let ticks = worker.run_ticks();
+        let sweeps = worker.run_sweeps();
         let accept = async {
             loop {
                 tokio::select! {
@@ -118,6 +122,7 @@ impl Worker {
             () = accept => {}
             () = checks => {}
             () = ticks => {}
+            () = sweeps => {}
         }
     }
 
@@ -185,9 +190,8 @@ impl Worker {
 
     /// Looks at the connection again in a few milliseconds.
     pub fn check_later(&self, connection: &Rc<Connection>) {
-        let mut to_check = self.to_check.borrow_mut();
-        if !to_check.iter().any(|waiting| Rc::ptr_eq(waiting, connection)) {
-            to_check.push(Rc::clone(connection));
+        if connection.is_first_to_ask_for_check() {
+            self.to_check.borrow_mut().push(Rc::clone(connection));
         }
         self.check_wanted.notify_one();
     }
@@ -196,9 +200,26 @@ impl Worker {
         loop {
             self.check_wanted.notified().await;
             tokio::time::sleep(CHECK_INTERVAL).await;
+            self.read_clock();
             let due = std::mem::take(&mut *self.to_check.borrow_mut());
             due.iter().for_each(Connection::check);
         }
+    }
+
+    async fn run_sweeps(&self) {
+        let mut sweep = tokio::time::interval(SWEEP_INTERVAL);
+        // A worker that was held up itself gives the answers that have come meanwhile a chance.
+        sweep.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            sweep.tick().await;
+            self.read_clock();
+            let (routing, deadline) = (self.routing(), self.shared.settings.request_deadline());
+            self.open_links().iter().for_each(|(_, link)| link.give_up_late(self.now(), deadline, &routing));
+        }
+    }
+
+    fn open_links(&self) -> Vec<(StoreId, Rc<Link>)> {
+        self.links.borrow().clone()
     }
 
     async fn run_ticks(&self) {
@@ -214,7 +235,16 @@ impl Worker {
 
     /// Routes by this snapshot from now on.
     pub fn adopt(&self, snapshot: Arc<Snapshot>) {
-        *self.routing.borrow_mut() = Rc::new(Routing::new(snapshot));
+        self.read_clock();
+        let routing = Rc::new(Routing::new(snapshot));
+        let before = self.routing.replace(Rc::clone(&routing));
+        for (store, link) in self.open_links() {
+            let address = |routing: &Routing| routing.snapshot.store(store).map(|store| store.address.clone());
+            if routing.is_up(store) && (!before.is_up(store) || address(&before) != address(&routing)) {
+                link.note_return();
+            }
+            link.follow(&routing);
+        }
         // Whoever waits for this topology need not wait for the next look.
         let due = std::mem::take(&mut *self.to_check.borrow_mut());
         due.iter().for_each(Connection::check);

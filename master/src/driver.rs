@@ -12,7 +12,9 @@ use tracing::{info, warn};
 use vasto_proto::pb;
 use vasto_proto::topology::{KeyspaceRecord, Snapshot};
 
+use crate::failover::Planned;
 use crate::keyspaces::Creation;
+use crate::leadership::Notice;
 use crate::state::{
     Action, AlterError, AlterResult, Alteration, Effect, Event, Refusal, Report, RequestId, SessionId, State,
 };
@@ -37,7 +39,7 @@ type DirectiveSender = mpsc::Sender<Result<pb::Directive, SessionEnd>>;
 
 enum Input {
     Opened { session: SessionId, directives: DirectiveSender },
-    Reported { session: SessionId, report: Report },
+    Reported { session: SessionId, report: Box<Report> },
     Ended { session: SessionId, reason: Option<SessionEnd> },
     Change { change: Change, answer: oneshot::Sender<AlterResult> },
 }
@@ -49,6 +51,8 @@ pub enum Change {
     Create(Creation),
     /// The keyspace of this name.
     Drop(String),
+    /// Another primary for a shard.
+    Failover(Planned),
 }
 
 /// The way to the driver for the rpc module.
@@ -80,7 +84,7 @@ impl Link {
     }
 
     pub async fn report(&self, session: SessionId, report: Report) -> Result<(), Stopped> {
-        self.send(Input::Reported { session, report }).await
+        self.send(Input::Reported { session, report: Box::new(report) }).await
     }
 
     /// The store's stream ends; `reason` tells it why if the fault was its own.
@@ -167,6 +171,7 @@ impl Driver {
                             Change::Alter(alteration) => Event::AlterRequested { request, alteration },
                             Change::Create(creation) => Event::CreateRequested { request, creation },
                             Change::Drop(name) => Event::DropRequested { request, name },
+                            Change::Failover(planned) => Event::FailoverRequested { request, planned },
                         }
                     }
                     None => return,
@@ -193,6 +198,20 @@ impl Driver {
                 }
             }
         }
+        for notice in self.state.take_notices() {
+            match notice {
+                Notice::Leads(term) => {
+                    info!(term = term.number, address = self.state.address(), "this master leads");
+                }
+                Notice::GroupChanges(group) => {
+                    info!(version = group.version, holders = ?group.members, "the group of holders changes");
+                }
+                Notice::SteppedBack { own, newer } => {
+                    let (own, newer) = (own.number, newer.number);
+                    warn!("another master has term {newer}: this one steps back from term {own} and stands by");
+                }
+            }
+        }
         // The topology first: who hears that a change holds finds it there.
         self.publish();
         for (request, result) in self.state.take_answers() {
@@ -213,7 +232,20 @@ impl Driver {
             return false;
         };
         let kind = match &effect.action {
-            Action::Acknowledge => pb::directive::Kind::HeartbeatAck(pb::HeartbeatAck {}),
+            Action::Acknowledge => pb::directive::Kind::HeartbeatAck(pb::HeartbeatAck {
+                master: self.state.address().to_owned(),
+                leads: self.state.term().map(Into::into),
+            }),
+            Action::Prepare(term) => pb::directive::Kind::Prepare(pb::Prepare {
+                term: Some((*term).into()),
+                leader: self.state.address().to_owned(),
+            }),
+            Action::Accept(term, entries) => pb::directive::Kind::Accept(pb::Accept {
+                term: Some((*term).into()),
+                entries: entries.iter().map(Into::into).collect(),
+                leader: self.state.address().to_owned(),
+            }),
+            Action::Peers(peers) => pb::directive::Kind::Peers(peers.into()),
             Action::PutRecord(record) => pb::directive::Kind::PutRecord(record.into()),
             Action::Welcome(cluster) => pb::directive::Kind::Welcome(pb::Welcome { cluster_id: cluster.0 }),
             Action::Refuse(refusal) => {
@@ -245,6 +277,7 @@ impl Driver {
         gauge!("vasto_master_stores").set(snapshot.stores.len() as f64);
         gauge!("vasto_master_stores_up").set(snapshot.stores.iter().filter(|store| store.up).count() as f64);
         gauge!("vasto_master_keyspaces").set(snapshot.keyspaces.len() as f64);
+        gauge!("vasto_master_leads").set(if snapshot.leadership.is_own { 1.0 } else { 0.0 });
         gauge!("vasto_master_topology_version").set(snapshot.version as f64);
         self.topology.send_replace(Arc::new(snapshot.clone()));
     }

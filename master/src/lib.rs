@@ -1,15 +1,22 @@
 //! The master of Vasto: watches stores, creates keyspace `0` in an empty cluster and streams the topology to gateways.
 //!
 //! It keeps nothing on disk. The stores hold the cluster id and all records; whatever the master knows it has from their
-//! reports, so a restart rebuilds it and the data path does not notice.
+//! reports, so a restart rebuilds it and the data path does not notice. Of several masters one leads; the others stand by.
 //!
-//! `rpc` speaks gRPC, `driver` owns the one copy of `state` and carries out what it decides, `keyspaces` decides on new and dropped ones,
-//! `place` chooses stores.
+//! `rpc` speaks gRPC, `driver` owns the one copy of `state` and carries out what it decides, `leadership` says whether this master leads and
+//! what it asks of the holders, `keyspaces` decides on new, altered and dropped keyspaces, `failover` on who leads a shard, `copies` on who holds
+//! it, both by what `standing` has heard; `place` chooses stores.
 
+mod copies;
 mod driver;
+mod failover;
 mod keyspaces;
+mod leadership;
+#[cfg(test)]
+mod model;
 mod place;
 mod rpc;
+mod standing;
 mod state;
 
 pub use rpc::ServeError as RunError;
@@ -31,6 +38,10 @@ pub struct Config {
     pub bootstrap_shards: u16,
     /// How many stores must have registered before it does so; as many as there are shards if not given.
     pub bootstrap_stores: Option<usize>,
+    /// host:port where stores and gateways reach this master, if it is another than `listen`: so it names itself.
+    pub advertise: Option<String>,
+    /// A holder of the records that is down for so long is replaced by another store, and so are its copies.
+    pub replace_after: Duration,
     /// A store that has not reported for so long counts as down.
     pub silence_max: Duration,
 }
@@ -41,6 +52,9 @@ impl Default for Config {
             listen: SocketAddr::from(([127, 0, 0, 1], 7100)),
             bootstrap_shards: 1,
             bootstrap_stores: None,
+            advertise: None,
+            // Longer than a machine takes to start again; a copy of much data takes as long.
+            replace_after: Duration::from_secs(300),
             // Four heartbeats of 500 ms: one lost to a busy machine is no reason to call a store down.
             silence_max: Duration::from_secs(2),
         }
@@ -53,6 +67,7 @@ impl Config {
             bootstrap_shards: self.bootstrap_shards,
             bootstrap_stores: self.bootstrap_stores.unwrap_or(usize::from(self.bootstrap_shards)).max(1),
             silence_max: self.silence_max,
+            replace_after: self.replace_after,
         }
     }
 }
@@ -70,7 +85,10 @@ impl Master {
         }
         let listener = TcpListener::bind(config.listen).await?;
         let address = listener.local_addr()?;
-        Ok(Bound { listener, address, limits: config.limits() })
+        // Nobody reaches an address that stands for all: stores then call this master as they were told.
+        let own = if address.ip().is_unspecified() { String::new() } else { address.to_string() };
+        let advertised = config.advertise.clone().unwrap_or(own);
+        Ok(Bound { listener, address, advertised, limits: config.limits() })
     }
 }
 
@@ -79,6 +97,7 @@ impl Master {
 pub struct Bound {
     listener: TcpListener,
     address: SocketAddr,
+    advertised: String,
     limits: state::Limits,
 }
 
@@ -91,7 +110,8 @@ impl Bound {
     pub async fn run(self, shutdown: CancellationToken) -> Result<(), RunError> {
         // The driver also stops when the server fails, so that nothing outlives this call.
         let stop = shutdown.child_token();
-        let (driver, link) = driver::Driver::new(state::State::new(self.limits), stop.clone());
+        let state = state::State::new(self.limits, self.advertised, fastrand::u64(1..));
+        let (driver, link) = driver::Driver::new(state, stop.clone());
         let service = rpc::Service::new(Arc::new(link), stop.clone());
         let sessions = service.sessions();
         let server = rpc::serve(self.listener, service, stop.clone());

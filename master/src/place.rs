@@ -69,6 +69,25 @@ pub fn place(shard_count: u16, copies: usize, candidates: &[Candidate]) -> Resul
     Ok(shards)
 }
 
+/// Where one more copy of a shard goes that has copies in `places`: to a store that is not `taken`, by the rules of [`place`].
+pub fn place_one(taken: &[StoreId], places: &[&Site], candidates: &[Candidate]) -> Option<StoreId> {
+    let free = candidates.iter().filter(|candidate| !taken.contains(&candidate.id));
+    let weight = |candidate: &&Candidate| {
+        let place = Place::new(candidate, candidates);
+        (nearness(&candidate.site, places.iter().copied()), place.as_replica(), candidate.id)
+    };
+    free.min_by_key(weight).map(|candidate| candidate.id)
+}
+
+/// How much would fail together with copies in these places.
+pub fn nearness<'a>(site: &Site, places: impl Iterator<Item = &'a Site> + Clone) -> usize {
+    let shared = |of: fn(&Site) -> &str| {
+        let own = of(site);
+        !own.is_empty() && places.clone().any(|other| of(other) == own)
+    };
+    2 * usize::from(shared(|site| &site.host)) + usize::from(shared(|site| &site.zone))
+}
+
 /// A candidate and what it was given so far.
 struct Place<'a> {
     candidate: &'a Candidate,
@@ -95,11 +114,7 @@ impl<'a> Place<'a> {
 
     /// How much would fail together with the copies that are placed already.
     fn nearness(&self, chosen: &[usize], places: &[Place<'_>]) -> usize {
-        let shared = |of: fn(&Site) -> &str| {
-            let own = of(&self.candidate.site);
-            !own.is_empty() && chosen.iter().any(|other| of(&places[*other].candidate.site) == own)
-        };
-        2 * usize::from(shared(|site| &site.host)) + usize::from(shared(|site| &site.zone))
+        nearness(&self.candidate.site, chosen.iter().map(|other| &places[*other].candidate.site))
     }
 }
 
@@ -162,6 +177,28 @@ mod tests {
     fn too_few_stores_are_refused() {
         let error = place(1, 3, &candidates(&[1, 1])).unwrap_err();
         assert_eq!(error.to_string(), "3 copies of a shard need 3 stores, and 2 are up");
+    }
+
+    #[test]
+    fn one_more_copy_goes_where_it_fails_least_with_the_others() {
+        let mut stores = candidates(&[10, 90, 50, 50]);
+        for (store, (host, zone)) in stores.iter_mut().zip([("a", "x"), ("a", "x"), ("b", "x"), ("c", "y")]) {
+            store.site = Site { host: host.to_owned(), zone: zone.to_owned(), ..Site::default() };
+        }
+        let beside = |taken: &[u32], stores: &[Candidate]| {
+            let taken: Vec<StoreId> = taken.iter().map(|store| StoreId(*store)).collect();
+            let places: Vec<&Site> =
+                stores.iter().filter(|store| taken.contains(&store.id)).map(|store| &store.site).collect();
+            place_one(&taken, &places, stores).map(|store| store.0)
+        };
+        assert_eq!(beside(&[1], &stores), Some(4), "another host in another zone");
+        assert_eq!(beside(&[1, 4], &stores), Some(3), "another host");
+        assert_eq!(beside(&[1, 3, 4], &stores), Some(2));
+        assert_eq!(beside(&[1, 2, 3, 4], &stores), None);
+        // Of a store that is away nothing is known but that it has a copy.
+        assert_eq!(beside(&[9], &stores), Some(2), "most free disk");
+        stores[1].held = 1;
+        assert_eq!(beside(&[9], &stores), Some(3), "who holds least");
     }
 
     proptest! {

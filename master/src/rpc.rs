@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures_util::{Stream, StreamExt};
 use tokio::net::TcpListener;
@@ -11,13 +12,16 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tonic::{Request, Response, Status, Streaming};
 use tracing::debug;
-use vasto_proto::id::{ClusterId, Epoch, StoreId};
+use vasto_proto::id::{ClusterId, Epoch, ShardId, StoreId};
 use vasto_proto::pb::master_server::{Master, MasterServer};
-use vasto_proto::topology::{Fsync, KeyspaceRecord, RecordError, Settings};
+use vasto_proto::topology::ballot::Accepted;
+use vasto_proto::topology::{Fsync, KeyspaceRecord, RecordError, Settings, ShardStatus, entry};
 use vasto_proto::{PROTOCOL_VERSION, net, pb};
 
 use crate::driver::{AlterFailure, Change, Link, SessionEnd, Stopped};
+use crate::failover::Planned;
 use crate::keyspaces::Creation;
+use crate::leadership::Ballot;
 use crate::place::Site;
 use crate::state::{Alteration, Report, SessionId};
 
@@ -39,7 +43,7 @@ impl Service {
     }
 
     pub fn into_server(self) -> MasterServer<Self> {
-        MasterServer::new(self).max_decoding_message_size(net::MESSAGE_BYTES_MAX)
+        MasterServer::new(self).max_decoding_message_size(net::CONTROL_BYTES_MAX)
     }
 }
 
@@ -100,7 +104,8 @@ impl Master for Service {
         let changes = Settings::try_from(request.settings.unwrap_or_default());
         let changes = changes.map_err(|error| Status::invalid_argument(error.to_string()))?;
         let expected_epoch = Some(Epoch(request.expected_epoch)).filter(|epoch| epoch.0 != 0);
-        let change = Change::Alter(Alteration { name: request.name, changes, expected_epoch });
+        let copies = Some(request.copies).filter(|copies| *copies != 0);
+        let change = Change::Alter(Alteration { name: request.name, changes, copies, expected_epoch });
         let record = self.link.change(change).await.map_err(not_changed)?;
         Ok(Response::new(pb::AlterKeyspaceResponse { record: Some((&record).into()) }))
     }
@@ -136,10 +141,27 @@ impl Master for Service {
         let stores_down = owners.into_iter().filter(is_down).map(|store| store.0).collect();
         Ok(Response::new(pb::DropKeyspaceResponse { keyspace_id: record.id.0, stores_down }))
     }
+
+    async fn failover_shard(
+        &self,
+        request: Request<pb::FailoverShardRequest>,
+    ) -> Result<Response<pb::FailoverShardResponse>, Status> {
+        let request = request.into_inner();
+        require_version(request.protocol_version)?;
+        let shard = u16::try_from(request.shard).map_err(|_| {
+            Status::failed_precondition(format!("there is no shard {}; nothing was changed", request.shard))
+        })?;
+        let to = Some(StoreId(request.to_store)).filter(|store| store.0 != 0);
+        let planned = Planned { name: request.name, shard: ShardId(shard), to };
+        let record = self.link.change(Change::Failover(planned)).await.map_err(not_changed)?;
+        Ok(Response::new(pb::FailoverShardResponse { record: Some((&record).into()) }))
+    }
 }
 
 fn not_changed(failure: AlterFailure) -> Status {
     match failure {
+        // Nothing was changed, and the gateway asks another master.
+        AlterFailure::Refused(error) if error.is_elsewhere() => Status::aborted(error.to_string()),
         AlterFailure::Refused(error) => Status::failed_precondition(error.to_string()),
         AlterFailure::Stopped => stopping(Stopped),
     }
@@ -158,7 +180,20 @@ async fn read_reports(link: &Link, session: SessionId, mut reports: Streaming<pb
 fn parse_report(message: pb::StoreReport) -> Result<Report, RecordError> {
     let fsync = Fsync::from_code(message.fsync)?;
     let records = message.records.into_iter().map(KeyspaceRecord::try_from).collect::<Result<Vec<_>, _>>()?;
+    let ballot = Ballot {
+        follows: entry::term(message.follows),
+        leader_heard: message.leader_heard_ms.map(Duration::from_millis),
+        leader: message.leader,
+        group: message.group.map(Accepted::from_message).transpose()?.flatten(),
+        answers: message
+            .answers
+            .into_iter()
+            .filter_map(|it| entry::answer(it).transpose())
+            .collect::<Result<_, _>>()?,
+        masters: message.masters,
+    };
     Ok(Report {
+        ballot,
         store: StoreId(message.store_id),
         address: message.address,
         protocol_version: message.protocol_version,
@@ -168,6 +203,8 @@ fn parse_report(message: pb::StoreReport) -> Result<Report, RecordError> {
         fsync,
         site: Site { zone: message.zone, host: message.host, disk: message.disk, tags: message.tags },
         failure: message.failure,
+        // One that cannot be true says nothing.
+        shards: message.shards.into_iter().filter_map(ShardStatus::from_message).collect(),
     })
 }
 

@@ -16,6 +16,9 @@ use tonic::{Code, Status, Streaming};
 use vasto_master::{Config, Master};
 use vasto_proto::pb::directive::Kind;
 use vasto_proto::pb::master_client::MasterClient;
+use vasto_proto::topology::ballot::{Accepted, Answer, Holder, Request, Term, Versioned};
+use vasto_proto::topology::entry::GROUP;
+use vasto_proto::topology::{Entry, entry};
 use vasto_proto::{PROTOCOL_VERSION, net, pb};
 
 /// Far above what any step here takes; only a failing test waits for so long.
@@ -80,6 +83,7 @@ struct Store {
     id: u32,
     cluster: u64,
     records: Vec<pb::KeyspaceRecord>,
+    holder: Holder<Entry>,
 }
 
 struct Session {
@@ -99,6 +103,8 @@ impl Store {
             free_disk_bytes: 1 << 40,
             failure: String::new(),
             fsync: pb::Fsync::EverySecond.into(),
+            follows: Some(self.holder.promised().into()),
+            group: self.holder.accepted_of(GROUP).map(Into::into),
             ..pb::StoreReport::default()
         }
     }
@@ -110,17 +116,54 @@ impl Store {
         Session { reports, directives: response.into_inner() }
     }
 
-    /// Carries out directives until it holds a record and knows its cluster.
-    async fn join(&mut self, session: &mut Session) {
-        while self.cluster == 0 || self.records.is_empty() {
-            match session.next().await.unwrap() {
-                Kind::Welcome(welcome) => self.cluster = welcome.cluster_id,
-                Kind::PutRecord(record) => self.records = vec![record],
-                Kind::HeartbeatAck(_) => continue,
+    /// Carries out one directive; returns whether it did anything.
+    async fn carry_out(&mut self, session: &mut Session, kind: Kind) -> bool {
+        let mut answers = Vec::new();
+        match kind {
+            Kind::Welcome(welcome) => self.cluster = welcome.cluster_id,
+            Kind::PutRecord(record) => {
+                self.records.retain(|known| known.keyspace_id != record.keyspace_id);
+                self.records.push(record);
             }
-            session.reports.send(self.report()).await.unwrap();
+            Kind::Prepare(prepare) => {
+                let chosen = self
+                    .records
+                    .iter()
+                    .cloned()
+                    .map(|record| Accepted { term: Term::NONE, record: Entry::Keyspace(record.try_into().unwrap()) });
+                let mut answer = self.holder.answer(Request::Prepare { term: entry::term(prepare.term) });
+                if let Ok(Answer::Promised { accepted, .. }) = &mut answer {
+                    let known: Vec<_> = accepted.iter().map(|it| it.record.keyspace()).collect();
+                    accepted.extend(chosen.filter(|it| !known.contains(&it.record.keyspace())));
+                }
+                answers.push((&answer).into());
+            }
+            Kind::Accept(accept) => {
+                for entry in accept.entries {
+                    let (term, record) = (entry::term(accept.term), Entry::from_message(entry).unwrap().unwrap());
+                    answers.push((&self.holder.answer(Request::Accept(Accepted { term, record }))).into());
+                }
+            }
+            Kind::HeartbeatAck(_) | Kind::Peers(_) => return false,
         }
+        session.reports.send(pb::StoreReport { answers, ..self.report() }).await.unwrap();
+        true
     }
+}
+
+/// Carries out directives until all hold a record and know their cluster.
+async fn join(stores: &mut [Store], sessions: &mut [Session]) {
+    within("all stores to join", async {
+        while stores.iter().any(|store| store.cluster == 0 || store.records.is_empty()) {
+            for (store, session) in stores.iter_mut().zip(&mut *sessions) {
+                let next = tokio::time::timeout(Duration::from_millis(20), session.next()).await;
+                if let Ok(kind) = next {
+                    store.carry_out(session, kind.unwrap()).await;
+                }
+            }
+        }
+    })
+    .await;
 }
 
 impl Session {
@@ -150,8 +193,10 @@ async fn a_cluster_begins_loses_its_master_and_gets_another() {
     for store in &stores {
         sessions.push(store.register(&master).await);
     }
-    for (store, session) in stores.iter_mut().zip(&mut sessions) {
-        store.join(session).await;
+    join(&mut stores, &mut sessions).await;
+    // The record is confirmed by all.
+    for (store, session) in stores.iter().zip(&sessions) {
+        session.reports.send(store.report()).await.unwrap();
     }
     let served = watch.until("keyspace 0", |topology| !topology.keyspaces.is_empty()).await;
     assert_eq!((served.waiting_for.as_str(), served.keyspaces[0].shards.len()), ("", 3));
@@ -165,7 +210,7 @@ async fn a_cluster_begins_loses_its_master_and_gets_another() {
     assert_eq!((again.cluster_id, &again.keyspaces), (served.cluster_id, &served.keyspaces));
     assert_eq!(again.stores.iter().filter(|store| store.up).count(), 1);
 
-    let stranger = Store { id: 9, cluster: 5, records: Vec::new() };
+    let stranger = Store { id: 9, cluster: 5, ..Store::default() };
     let status = stranger.register(&master).await.refusal().await;
     assert_eq!(status.code(), Code::FailedPrecondition);
     let ours = format!("{:016x}", served.cluster_id);
@@ -178,7 +223,7 @@ async fn a_silent_store_and_an_ended_one_are_down() {
     let master = Running::start(Config { silence_max: Duration::from_millis(600), ..Config::default() }).await;
     let mut store = Store { id: 7, ..Store::default() };
     let mut session = store.register(&master).await;
-    store.join(&mut session).await;
+    join(std::slice::from_mut(&mut store), std::slice::from_mut(&mut session)).await;
     let mut watch = master.watch().await;
     let is_up = |topology: &pb::Topology| topology.stores.iter().any(|store| store.store_id == 7 && store.up);
     // It says no more from here on, but its stream is open.
@@ -196,7 +241,7 @@ async fn a_watcher_that_does_not_read_holds_up_nobody() {
     let _idle = master.watch().await;
     let mut store = Store { id: 1, ..Store::default() };
     let mut session = store.register(&master).await;
-    store.join(&mut session).await;
+    join(std::slice::from_mut(&mut store), std::slice::from_mut(&mut session)).await;
     for round in 0..2_000u64 {
         let free_disk_bytes = if round % 2 == 0 { 1 << 30 } else { 1 << 40 };
         session.reports.send(pb::StoreReport { free_disk_bytes, ..store.report() }).await.unwrap();
@@ -241,6 +286,73 @@ async fn both_ends_of_a_silent_link_give_it_up() {
     let (ended, ()) = within("both ends to give up", async { tokio::join!(watch.message(), gave_up) }).await;
     ended.unwrap_err();
     drop(gateway);
+    master.stop().await;
+}
+
+/// One leads, the other shows what stores tell it and names the leader; when the leader has gone the other takes over.
+#[tokio::test]
+async fn the_second_master_stands_by_and_takes_over() {
+    let masters = [Running::start(Config::default()).await, Running::start(Config::default()).await];
+    let mut store = Store { id: 1, ..Store::default() };
+    let mut session = store.register(&masters[0]).await;
+    join(std::slice::from_mut(&mut store), std::slice::from_mut(&mut session)).await;
+    let addresses = masters.each_ref().map(|master| master.address.to_string());
+
+    let led_by = |store: &Store, leader: usize| pb::StoreReport {
+        leader_heard_ms: Some(0),
+        leader: addresses[leader].clone(),
+        masters: addresses.to_vec(),
+        ..store.report()
+    };
+    let mut second = store.register(&masters[1]).await;
+    second.reports.send(led_by(&store, 0)).await.unwrap();
+    let mut watch = masters[1].watch().await;
+    let heard = watch
+        .until("the leader heard of", |topology| topology.leadership.as_ref().unwrap().address == addresses[0])
+        .await;
+    let leadership = heard.leadership.unwrap();
+    assert_eq!((leadership.is_own, leadership.standbys.as_slice()), (false, &addresses[1..]));
+    assert_eq!(heard.keyspaces, store.records);
+    let create = pb::CreateKeyspaceRequest {
+        protocol_version: PROTOCOL_VERSION,
+        name: "a".to_owned(),
+        ..pb::CreateKeyspaceRequest::default()
+    };
+    let status = masters[1].client().await.create_keyspace(create.clone()).await.unwrap_err();
+    assert_eq!(status.code(), Code::Aborted, "{status}");
+    assert!(status.message().contains(&format!("the master at {} leads", addresses[0])), "{status}");
+
+    // The first leader is heard no more.
+    let [first, master] = masters;
+    let mut client = master.client().await;
+    let mut creating = std::pin::pin!(async move { client.create_keyspace(create).await });
+    let created = within("the keyspace", async {
+        loop {
+            tokio::select! {
+                created = &mut creating => match created {
+                    Ok(created) => return created.into_inner(),
+                    Err(status) => panic!("{status}"),
+                },
+                kind = second.next() => {
+                    let kind = kind.unwrap();
+                    if !store.carry_out(&mut second, kind).await {
+                        tokio::time::sleep(Duration::from_millis(50)).await;
+                        second.reports.send(store.report()).await.unwrap();
+                    }
+                }
+            }
+        }
+    })
+    .await;
+    assert_eq!(created.record.unwrap().name, "a");
+    // What the first one hears now makes it step back.
+    let mut watch = first.watch().await;
+    session.reports.send(led_by(&store, 1)).await.unwrap();
+    let heard = watch
+        .until("the first steps back", |topology| topology.leadership.as_ref().unwrap().address == addresses[1])
+        .await;
+    assert!(!heard.leadership.unwrap().is_own);
+    first.stop().await;
     master.stop().await;
 }
 

@@ -32,6 +32,8 @@ pub const FLAG_LARGE_PERMIT: u32 = 1;
 /// again from here. After a refusal a store refuses all operations of the connection on the shard until it sees this flag, so that
 /// operations already under way behind the refused one never overtake it.
 pub const FLAG_AFTER_REFUSAL: u32 = 2;
+/// Operation flag: the client takes an answer of a replica, which may be stale (READONLY).
+pub const FLAG_FROM_REPLICA: u32 = 4;
 
 /// Bytes that are no batch.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
@@ -238,6 +240,8 @@ pub enum Outcome {
     NeedsLargePermit = 4,
     /// Whether it was executed is unknown (body: text).
     Unknown = 5,
+    /// Nothing was executed: fewer replicas than the keyspace's `min-replicas` follow (body: text); the same store may take it soon.
+    NoReplicas = 6,
 }
 
 impl Outcome {
@@ -249,6 +253,7 @@ impl Outcome {
             3 => Self::NotServing,
             4 => Self::NeedsLargePermit,
             5 => Self::Unknown,
+            6 => Self::NoReplicas,
             _ => return None,
         })
     }

@@ -50,6 +50,7 @@ pub const SAME_OBJECT: CommandError = CommandError::fixed("ERR source and destin
 pub const INVALID_DB_INDEX: CommandError = CommandError::fixed("ERR invalid DB index");
 pub const DB_INDEX_OUT_OF_RANGE: CommandError = CommandError::fixed("ERR DB index is out of range");
 pub const SAVE_IN_PROGRESS: CommandError = CommandError::fixed("ERR Background save already in progress");
+pub const NO_REPLICAS: CommandError = CommandError::fixed("NOREPLICAS Not enough good replicas to write.");
 pub const MAX_CLIENTS: CommandError = CommandError::fixed("ERR max number of clients reached");
 
 /// `name` in lower case; a subcommand as `container|sub`.
@@ -72,6 +73,18 @@ pub const UNKNOWN_OUTCOME: CommandError = CommandError::fixed(
 /// Nothing was executed: a shard could not be reached, or did not serve, within the deadline. The reason follows in parentheses.
 pub const SHARD_UNREACHABLE: CommandError =
     CommandError::fixed("CLUSTERDOWN the shard of this key cannot be reached; nothing was executed");
+pub fn shard_unreachable(reason: &str) -> CommandError {
+    if reason.is_empty() {
+        return SHARD_UNREACHABLE;
+    }
+    format!("{} ({})", SHARD_UNREACHABLE.text(), single_line(reason)).into()
+}
+
+/// Why a shard cannot be reached that is between two primaries.
+pub fn vacant(shard: ShardKey) -> String {
+    format!("shard {shard} has no primary at the moment")
+}
+
 /// A change of a keyspace without a master.
 pub const NO_MASTER: CommandError =
     CommandError::fixed("ERR keyspaces are changed by the master, and none can be reached; nothing was changed");

@@ -2,6 +2,7 @@
 
 pub mod batch;
 pub mod command;
+pub mod digest;
 pub mod error;
 pub mod id;
 pub mod key;
@@ -21,13 +22,17 @@ pub mod pb {
 ///
 /// 2: records have settings, and the master alters them once every store is that new.
 /// 3: keyspaces are created and dropped; a store before would keep the record of a dropped one as that of one that lives.
-pub const PROTOCOL_VERSION: u32 = 3;
+/// 4: shards have copies, primaries leases, records terms.
+pub const PROTOCOL_VERSION: u32 = 4;
 
 /// The first version whose stores keep the settings in a record.
 pub const SETTINGS_VERSION: u32 = 2;
 
 /// The first version whose stores know that a keyspace can be dropped.
 pub const DROP_VERSION: u32 = 3;
+
+/// The first version whose stores hold copies of shards and know terms.
+pub const COPIES_VERSION: u32 = 4;
 
 /// What `redis_version` in INFO and `version` in HELLO say: the Redis whose answers ours equal.
 pub const REDIS_VERSION: &str = "7.0.15";

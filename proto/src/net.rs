@@ -14,6 +14,8 @@ pub const FRAME_BYTES_MAX: usize = 1 << 20;
 pub const BATCH_BYTES_TARGET: usize = 512 << 10;
 /// What a peer may send in one message: a frame and its envelope.
 pub const MESSAGE_BYTES_MAX: usize = FRAME_BYTES_MAX + (64 << 10);
+/// What a master and who speaks with it may send in one message: a thousand records with a thousand shards take some 30 MiB.
+pub const CONTROL_BYTES_MAX: usize = 64 << 20;
 /// Values above it are *large*: at most [`LARGE_VALUES_IN_FLIGHT`] of them are in flight per process.
 pub const LARGE_VALUE_BYTES: usize = 16 << 20;
 pub const LARGE_VALUES_IN_FLIGHT: usize = 2;

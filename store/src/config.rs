@@ -54,6 +54,8 @@ pub struct Config {
     pub background_jobs: i32,
     /// What flushes and compactions may write together; 0 = without limit.
     pub background_bytes_per_second: u64,
+    /// Within this the copies of each shard that the store leads are compared once; zero = only when somebody asks.
+    pub verify_interval: Duration,
 }
 
 impl Default for Config {
@@ -74,6 +76,7 @@ impl Default for Config {
             max_open_files: 1024,
             background_jobs: 4,
             background_bytes_per_second: 0,
+            verify_interval: Duration::from_secs(24 * 3600),
         }
     }
 }

@@ -15,6 +15,9 @@ pub struct Counters {
     row_cache_hits: AtomicU64,
     row_cache_misses: AtomicU64,
     row_cache_bytes: AtomicU64,
+    digest_comparisons: AtomicU64,
+    digest_slots_differing: AtomicU64,
+    copies_repaired: AtomicU64,
     batch_operations: Histogram,
 }
 
@@ -25,6 +28,9 @@ impl Default for Counters {
             row_cache_hits: AtomicU64::new(0),
             row_cache_misses: AtomicU64::new(0),
             row_cache_bytes: AtomicU64::new(0),
+            digest_comparisons: AtomicU64::new(0),
+            digest_slots_differing: AtomicU64::new(0),
+            copies_repaired: AtomicU64::new(0),
             batch_operations: histogram!("vasto_store_batch_operations"),
         }
     }
@@ -63,6 +69,23 @@ impl Counters {
         }
     }
 
+    /// A copy was compared with its primary.
+    pub fn compared(&self, slots_differing: usize) {
+        self.digest_comparisons.fetch_add(1, Ordering::Relaxed);
+        self.digest_slots_differing.fetch_add(slots_differing as u64, Ordering::Relaxed);
+    }
+
+    /// A copy that differed has been made anew.
+    pub fn repaired(&self) {
+        self.copies_repaired.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Copies compared, slots of them that differed, copies made anew for that.
+    pub fn comparisons(&self) -> (u64, u64, u64) {
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        (read(&self.digest_comparisons), read(&self.digest_slots_differing), read(&self.copies_repaired))
+    }
+
     /// Bytes that the row cache held when they were last counted.
     pub fn row_cache_bytes(&self) -> u64 {
         self.row_cache_bytes.load(Ordering::Relaxed)
@@ -92,6 +115,7 @@ impl Counters {
         let map = core.shards.current();
         let (mut files, mut pending, mut stopped, mut slowed) = (0, 0, 0, 0);
         let (mut read_only, mut not_open) = (0, map.failed().count());
+        let mut unreplicated = 0;
         let (mut durability, mut lag) = (SyncFigures::default(), Duration::ZERO);
         for shard in map.serving() {
             read_only += usize::from(shard.is_read_only());
@@ -106,7 +130,22 @@ impl Counters {
             durability.held_batches += figures.held_batches;
             durability.held_batches_now += figures.held_batches_now;
             lag = lag.max(figures.lag.unwrap_or_default());
+            let Some(figures) = shard.replication_figures() else { continue };
+            for follower in figures.followers {
+                let labels = [
+                    ("keyspace", shard.key.keyspace.to_string()),
+                    ("shard", shard.key.shard.to_string()),
+                    ("store", follower.store.to_string()),
+                ];
+                gauge!("vasto_store_copy_lag_seconds", &labels).set(follower.lag.as_secs_f64());
+                unreplicated += usize::from(!follower.in_sync);
+            }
         }
+        let (comparisons, slots_differing, repaired) = self.comparisons();
+        counter!("vasto_store_digest_comparisons_total").absolute(comparisons);
+        counter!("vasto_store_digest_slots_differing_total").absolute(slots_differing);
+        counter!("vasto_store_copies_repaired_total").absolute(repaired);
+        gauge!("vasto_store_copies_behind").set(unreplicated as f64);
         gauge!("vasto_store_file_bytes").set(files as f64);
         gauge!("vasto_store_pending_compaction_bytes").set(pending as f64);
         gauge!("vasto_store_shards_read_only").set(read_only as f64);

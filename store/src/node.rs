@@ -2,12 +2,19 @@
 
 use crate::backup::Backups;
 use crate::config::{Config, Limits};
-use crate::engine::garbage::replicated_ns;
 use crate::engine::{Engine, EngineError};
+use crate::holder::HolderFiles;
+use crate::lease::clock::BootClock;
+use crate::lease::holder::Holder as Lessor;
+use crate::lease::keeper::{LeaseFigures, Leases};
+use crate::lease::state::Need;
 use crate::metrics::Counters;
-use crate::removal::{Dropped, Removal, left_behind};
+use crate::peers::PeerFile;
+use crate::removal::{Dropped, Pending, Removal, left_behind};
 use crate::reopening::{Opener, Reopening};
+use crate::replication::{self, Figures, Part, Replicator};
 use crate::rpc;
+use crate::shard::Shard;
 use crate::shard::durability::{SYNC_THREADS, SyncBell};
 use crate::shard::executor::Core;
 use crate::shard::lane::LanePool;
@@ -24,15 +31,22 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 use thiserror::Error;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use vasto_proto::id::{ClusterId, KeyspaceId, ShardKey, StoreId};
 use vasto_proto::pb;
-use vasto_proto::topology::{Fsync, KeyspaceRecord};
+use vasto_proto::topology::ballot::{Accepted, Answer, Refusal, Request, Term};
+use vasto_proto::topology::{Entry as VotedEntry, Fsync, KeyspaceRecord, NOBODY, Peers, Role, ShardStatus};
 
 /// The layout of the data folder that this code reads and writes. Version 2: rows may carry when they were written. It is raised here
 /// too, so that an older program does not open a single shard.
 pub const FORMAT_VERSION: u32 = 2;
+
+/// How long a primary that goes waits for its copies, so that what it has run is answered: longer than they take on a busy disk, less than the
+/// second that gateways give it, and a part of its lease.
+const ANSWERS_PATIENCE: Duration = Duration::from_millis(600);
 
 /// Why a store does not start.
 #[derive(Debug, Error)]
@@ -110,14 +124,21 @@ struct Node {
     config: Config,
     core: Arc<Core>,
     opener: Opener,
-    cluster: Mutex<ClusterId>,
+    cluster: Arc<Mutex<ClusterId>>,
     records: Arc<Records>,
+    peers: PeerFile,
+    holder: HolderFiles,
+    lessor: Arc<Lessor>,
+    leases: Arc<Leases>,
     threads: Mutex<Vec<JoinHandle<()>>>,
     /// Dropped to end the thread that hands figures to the recorder.
     exporting: Mutex<Option<mpsc::Sender<()>>>,
     /// Dropped to end the thread that deletes shards of dropped keyspaces.
     removing: Mutex<Option<mpsc::Sender<Dropped>>>,
+    /// Shards whose folders are about to be deleted.
+    pending: Arc<Pending>,
     closed: Arc<AtomicBool>,
+    aside: CancellationToken,
     /// Held while the store lives, so that no second process opens the folder.
     _lock: File,
 }
@@ -136,6 +157,12 @@ impl Store {
         let lock = lock(folder)?;
         let identity = Identity::load_or_draw(folder)?;
         let records = load_records(folder)?;
+        let peers = PeerFile::load(folder)?;
+        let holder = HolderFiles::load(folder)?;
+        let replicator =
+            Replicator::new(identity.store, identity.cluster, folder, peers.latest(), config.verify_interval);
+        let replicator = replicator.map_err(OpenError::Thread)?;
+        replication::remove_unfinished(&replicator.shards).map_err(io_error(&replicator.shards))?;
         let core = Arc::new(Core {
             engine: Engine::new(&config)?,
             limits: Limits {
@@ -149,24 +176,36 @@ impl Store {
             alarm: Arc::default(),
             counters: Default::default(),
             backups: Backups::open(folder),
+            clock: Arc::new(BootClock::default()),
+            replicator,
         });
+        let cluster = Arc::new(Mutex::new(identity.cluster));
+        let lessor = Arc::new(Lessor::new(Arc::clone(&core.clock), &records, peers.latest()));
+        holder.entries().iter().for_each(|entry| lessor.voted(entry));
+        let leases = Leases::new(identity.store, &core, &lessor, &cluster, peers.latest());
         let opener = Opener::new(identity.store, &config, &core);
         let node = Node {
             id: identity.store,
             core,
             opener,
-            cluster: Mutex::new(identity.cluster),
+            cluster,
             records: Arc::new(Mutex::new(records)),
+            peers,
+            holder,
+            lessor,
+            leases,
             threads: Mutex::default(),
             exporting: Mutex::default(),
             removing: Mutex::default(),
+            pending: Arc::default(),
             closed: Arc::default(),
+            aside: CancellationToken::new(),
             config,
             _lock: lock,
         };
         node.start_threads().map_err(OpenError::Thread)?;
         let shards = node.config.data.join("shards");
-        for key in left_behind(&node.config.data, &node.records.lock()).map_err(io_error(&shards))? {
+        for key in left_behind(&node.config.data, node.id, &node.records.lock()).map_err(io_error(&shards))? {
             node.remove(Dropped { key, shard: None });
         }
         for record in node.records.lock().values() {
@@ -240,6 +279,7 @@ impl StoreHandle {
         }
         Identity { store: self.node.id, cluster }.save(&self.node.config.data)?;
         *own = cluster;
+        self.node.core.replicator.set_cluster(cluster);
         Ok(())
     }
 
@@ -251,6 +291,63 @@ impl StoreHandle {
     /// the disk.
     pub fn put_record(&self, record: KeyspaceRecord) -> Result<(), PutRecordError> {
         self.node.put_record(record)
+    }
+
+    /// Where the other stores are, and who holds the records, as far as a master has said.
+    pub fn peers(&self) -> watch::Receiver<Arc<Peers>> {
+        self.node.peers.latest()
+    }
+
+    /// Keeps what a master says of the other stores. Blocks on the disk.
+    pub fn set_peers(&self, peers: Peers) -> io::Result<()> {
+        self.node.peers.set(&self.node.config.data, peers)
+    }
+
+    /// Where the leases stand of the shards that need one here.
+    pub fn leases(&self) -> Vec<LeaseFigures> {
+        self.node.leases.figures()
+    }
+
+    /// Answers a primary that asks for leases; waits for nothing.
+    pub(crate) fn renew(&self, request: &pb::RenewRequest) -> pb::RenewResponse {
+        self.node.lessor.renew(request)
+    }
+
+    /// The highest term that this store has promised to follow.
+    pub fn promised_term(&self) -> Term {
+        self.node.holder.promised()
+    }
+
+    /// The group of holders that this store has accepted last.
+    pub fn accepted_group(&self) -> Option<Accepted<VotedEntry>> {
+        self.node.holder.group()
+    }
+
+    /// The newest record of a keyspace of which this store knows, whether it was chosen or only voted for.
+    pub fn newest_record(&self, keyspace: KeyspaceId) -> Option<KeyspaceRecord> {
+        let chosen = self.node.records.lock().get(&keyspace).cloned();
+        let accepted = self.node.holder.accepted(keyspace);
+        // Of one epoch, what was chosen is true.
+        [accepted, chosen].into_iter().flatten().max_by_key(|record| record.epoch)
+    }
+
+    /// Votes; the answer may leave, what it promises is on the disk. Blocks on the disk.
+    pub fn vote(&self, request: Request<VotedEntry>) -> io::Result<Result<Answer<VotedEntry>, Refusal>> {
+        let chosen = || self.node.records.lock().clone();
+        self.node.holder.answer(request, chosen, |entry| self.node.lessor.voted(entry))
+    }
+
+    /// Where each copy on this store stands.
+    pub fn shard_statuses(&self) -> Vec<ShardStatus> {
+        self.node.core.shards.current().serving().filter_map(|shard| shard.status()).collect()
+    }
+
+    /// How far the copies of a shard have come, as this store knows it; `None` if it is not open here.
+    pub fn replication_figures(&self, key: ShardKey) -> Option<Figures> {
+        match self.node.core.shards.current().entry(key) {
+            Some(Entry::Serving(shard)) => shard.replication_figures(),
+            Some(Entry::Opening | Entry::Closing(_) | Entry::Failed(_)) | None => None,
+        }
     }
 
     /// When writes of keyspaces are synced whose records do not say.
@@ -296,13 +393,27 @@ impl StoreHandle {
     }
 
     #[cfg(test)]
-    pub(crate) fn core(&self) -> &Core {
+    pub(crate) fn tenure(&self, shard: ShardKey) -> Option<u64> {
+        self.node.leases.tenure(shard)
+    }
+
+    pub(crate) fn core(&self) -> &Arc<Core> {
         &self.node.core
     }
 
     /// Stops serving, writes out and syncs everything; a second call does nothing. Blocks on the disk.
     pub fn close(&self) {
         self.node.close();
+    }
+
+    /// Lets other stores lead what this one leads together with others. Their followers must be served yet. Blocks for a moment.
+    pub(crate) fn step_aside(&self) {
+        self.node.step_aside();
+    }
+
+    /// Cancelled when others may lead what this store has led: it is about to stop.
+    pub(crate) fn has_stepped_aside(&self) -> CancellationToken {
+        self.node.aside.clone()
     }
 }
 
@@ -324,10 +435,14 @@ impl Node {
             let thread = std::thread::Builder::new().name(format!("store-sync-{number}"));
             threads.push(thread.spawn(move || SyncBell::run(&core))?);
         }
-        let (removal, removing) = Removal::new(&core, &self.config.data);
+        let (removal, removing) = Removal::new(&core, &self.config.data, &self.pending);
         let thread = std::thread::Builder::new().name("store-removal".into());
         threads.push(thread.spawn(move || removal.run())?);
         *self.removing.lock() = Some(removing);
+        let core = Arc::clone(&self.core);
+        let thread = std::thread::Builder::new().name("store-copies".into());
+        threads.push(thread.spawn(move || Replicator::run(&core))?);
+        let core = Arc::clone(&self.core);
         let (exporting, ended) = mpsc::channel();
         let thread = std::thread::Builder::new().name("store-figures".into());
         threads.push(thread.spawn(move || Counters::run(&core, &ended))?);
@@ -337,7 +452,22 @@ impl Node {
             let thread = std::thread::Builder::new().name(format!("store-lane-{number}"));
             threads.push(thread.spawn(move || LanePool::run(&core))?);
         }
-        Ok(())
+        self.leases.start()
+    }
+
+    fn step_aside(&self) {
+        let map = self.core.shards.current();
+        let led: Vec<_> = map.serving().filter(|shard| shard.has_followers()).cloned().collect();
+        replication::fall_silent(&self.core, &led);
+        let until = Instant::now() + ANSWERS_PATIENCE;
+        led.iter().for_each(|shard| shard.durability.let_answers_leave(until));
+        self.leases.stop();
+        self.leases.join();
+        for shard in &led {
+            // Nobody would release them any more.
+            shard.durability.end(&format!("the store of shard {} is stopping", shard.key));
+        }
+        self.aside.cancel();
     }
 
     fn close(&self) {
@@ -354,6 +484,7 @@ impl Node {
             }
             map
         };
+        self.core.replicator.stop();
         self.core.backups.stop();
         self.core.pool.stop();
         self.core.sync_bell.stop();
@@ -369,6 +500,10 @@ impl Node {
         for shard in map.serving() {
             // Releases the answers that wait for it.
             shard.sync();
+        }
+        // Before the rest, which may take long: another store may serve as soon as this one has given back its right to.
+        self.leases.stop();
+        for shard in map.serving() {
             if shard.is_read_only() || shard.is_failed() {
                 let error = shard.trouble().unwrap_or_default();
                 tracing::error!(shard = %shard.key, error, "cannot write out the shard; its log is read at the next start");
@@ -378,6 +513,7 @@ impl Node {
                 tracing::error!(shard = %shard.key, %error, "cannot write out the shard; its log is read at the next start");
             }
         }
+        self.leases.join();
     }
 
     fn put_record(&self, record: KeyspaceRecord) -> Result<(), PutRecordError> {
@@ -394,17 +530,23 @@ impl Node {
             None => false,
         };
         if !is_known {
+            self.lessor.heard(&record);
             let persist = |source| PutRecordError::Persist { keyspace: record.id, source };
-            let is_own = |own: &KeyspaceRecord, shard| own.shards_of(self.id).any(|(known, _)| known == shard);
-            for (shard, _) in record.shards_of(self.id) {
+            let is_own = |own: &KeyspaceRecord, shard| own.copies_of(self.id).any(|(known, _)| known == shard);
+            for (shard, _) in record.copies_of(self.id) {
                 if !records.get(&record.id).is_some_and(|own| is_own(own, shard)) {
-                    self.opener.make_folder(ShardKey { keyspace: record.id, shard }).map_err(persist)?;
+                    let key = ShardKey { keyspace: record.id, shard };
+                    // It may have been here before, and be on its way out.
+                    self.pending.wait_for(key).map_err(persist)?;
+                    self.opener.make_folder(key).map_err(persist)?;
                 }
             }
             save_record(&self.config.data, &record).map_err(persist)?;
             records.insert(record.id, record.clone());
         }
-        self.open_shards(&record)
+        let opened = self.open_shards(&record);
+        self.leases.ring();
+        opened
     }
 
     /// Makes the shards served here those of the record; returns the first failure, having tried all.
@@ -412,28 +554,50 @@ impl Node {
         let shards = &self.core.shards;
         let fsync = record.settings.fsync.unwrap_or(self.config.fsync);
         let mut result = Ok(());
-        let own: Vec<_> = record.shards_of(self.id).collect();
+        let own: Vec<_> = record.copies_of(self.id).collect();
         let current = shards.current();
         for key in current.keys() {
-            if record.dropped && key.keyspace == record.id {
-                shards.set(key, None);
-                let shard = match current.entry(key) {
-                    Some(Entry::Serving(shard)) => Some(Arc::clone(shard)),
-                    // Who closes it has the folder open for a while yet; it goes all the same.
-                    Some(Entry::Opening | Entry::Closing(_) | Entry::Failed(_)) | None => None,
-                };
-                self.remove(Dropped { key, shard });
-            } else if key.keyspace == record.id && own.iter().all(|(shard, _)| *shard != key.shard) {
-                shards.set(key, None);
+            if key.keyspace != record.id || own.iter().any(|(shard, _)| *shard == key.shard) {
+                continue;
             }
+            shards.set(key, None);
+            let shard = match current.entry(key) {
+                Some(Entry::Serving(shard)) => {
+                    shard.replication.stop_following();
+                    // What is under way is not answered any more: nobody releases what is held once the shard has left the map.
+                    shard.lease.end(shard.epoch());
+                    shard.durability.end(&format!("shard {key} has left this store"));
+                    Some(Arc::clone(shard))
+                }
+                // Who closes it has the folder open for a while yet; it goes all the same.
+                Some(Entry::Opening | Entry::Closing(_) | Entry::Failed(_)) | None => None,
+            };
+            self.remove(Dropped { key, shard });
         }
+        // Leases of these are given back now; opening others may take long.
+        self.leases.ring();
         for (shard, described) in own {
             let key = ShardKey { keyspace: record.id, shard };
             let served = match shards.current().entry(key) {
+                // It is being opened anew.
+                Some(Entry::Serving(open)) if open.replication.is_replaced() => Ok(()),
                 Some(Entry::Serving(open)) => {
-                    open.database.garbage().set_replicated_ns(replicated_ns(record.copies));
-                    open.set_epoch(described.epoch);
-                    open.set_fsync(fsync, &self.core.sync_bell)
+                    let need = Need::of(record, described, self.id);
+                    let part = Part::new(self.id, described, record.settings.min_replicas());
+                    let assumed = if hands_over(open, &part, self.id) {
+                        let until = Instant::now() + ANSWERS_PATIENCE;
+                        let assumed = replication::assume(&self.core, open, part);
+                        // Nothing runs any more, and nobody else serves while this store has its lease: what waits for the copies gets its
+                        // answer as long as it has.
+                        open.durability.let_answers_leave(until);
+                        open.lease.follow(described.epoch, need);
+                        assumed
+                    } else {
+                        // First this: no operation is let in at the new epoch with a lease of the old one.
+                        open.lease.follow(described.epoch, need);
+                        replication::assume(&self.core, open, part)
+                    };
+                    assumed.and_then(|()| open.set_fsync(fsync, &self.core.sync_bell))
                 }
                 // Its old database is still open; the thread that closes it opens it by the newest record.
                 Some(Entry::Closing(reason)) => Err(EngineError::Failed(reason.clone())),
@@ -451,10 +615,17 @@ impl Node {
     /// Has the folder of a shard deleted whose keyspace was dropped; if the store is stopping, its next start does it.
     fn remove(&self, dropped: Dropped) {
         if let Some(removing) = &*self.removing.lock() {
+            self.pending.add(dropped.key);
             // The thread lives as long as this sender.
             let _ = removing.send(dropped);
         }
     }
+}
+
+/// Whether the shard is served here and goes to another store by plan.
+fn hands_over(shard: &Shard, part: &Part, store: StoreId) -> bool {
+    let is_planned = part.role == Role::Replica && part.primary != NOBODY && part.previous == store;
+    is_planned && shard.epoch() < part.epoch && shard.replication.leads() && shard.lease.allows()
 }
 
 /// The name of a shard's folder.
@@ -532,7 +703,7 @@ fn checksum_line(body: &str) -> String {
 }
 
 /// Writes a file so that after a crash it has either its old or its new content.
-fn replace_file(folder: &Path, name: &str, content: &[u8]) -> io::Result<()> {
+pub fn replace_file(folder: &Path, name: &str, content: &[u8]) -> io::Result<()> {
     let new = folder.join(format!("{name}.new"));
     let mut file = File::create(&new)?;
     file.write_all(content)?;
@@ -542,7 +713,7 @@ fn replace_file(folder: &Path, name: &str, content: &[u8]) -> io::Result<()> {
 }
 
 /// FNV-1a: finds a torn or flipped file, not an attacker.
-fn checksum(bytes: &[u8]) -> u64 {
+pub fn checksum(bytes: &[u8]) -> u64 {
     bytes.iter().fold(0xcbf2_9ce4_8422_2325, |sum, byte| (sum ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))
 }
 

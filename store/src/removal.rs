@@ -1,23 +1,58 @@
-//! Deletes the folders of shards whose keyspace was dropped, when nobody uses them any more.
+//! Deletes the folders of shards whose keyspace was dropped or that this store has no part in any more, when nobody uses them.
 //!
 //! The record that says so is on the disk before anything is deleted, and at each start what is left of such folders is deleted: a crash
-//! at any moment ends in "still there" or "gone". Ids of keyspaces are never used again, so a folder's name says enough.
+//! at any moment ends in "still there" or "gone". A shard may come back: whoever makes its folder again waits until the old one is gone.
 
 use crate::node::shard_folder;
+use crate::replication;
 use crate::shard::Shard;
 use crate::shard::executor::Core;
-use std::collections::BTreeMap;
+use parking_lot::{Condvar, Mutex};
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::time::Duration;
-use vasto_proto::id::{KeyspaceId, ShardId, ShardKey};
+use std::time::{Duration, Instant};
+use vasto_proto::id::{KeyspaceId, ShardId, ShardKey, StoreId};
 use vasto_proto::topology::KeyspaceRecord;
 
 /// Between looks whether the users of a dropped shard have left: a batch takes milliseconds, a walk seconds.
 const LEAVING_PAUSE: Duration = Duration::from_millis(20);
+
+/// How long the folder of a shard may take to go before it is made again.
+const PENDING_MAX: Duration = Duration::from_secs(10);
+
+/// Shards whose folders are about to be deleted.
+#[derive(Default)]
+pub struct Pending {
+    keys: Mutex<BTreeSet<ShardKey>>,
+    fewer: Condvar,
+}
+
+impl Pending {
+    pub fn add(&self, key: ShardKey) {
+        self.keys.lock().insert(key);
+    }
+
+    fn remove(&self, key: ShardKey) {
+        self.keys.lock().remove(&key);
+        self.fewer.notify_all();
+    }
+
+    /// Waits until a shard's folder is gone.
+    pub fn wait_for(&self, key: ShardKey) -> io::Result<()> {
+        let deadline = Instant::now() + PENDING_MAX;
+        let mut keys = self.keys.lock();
+        while keys.contains(&key) {
+            if self.fewer.wait_until(&mut keys, deadline).timed_out() {
+                return Err(io::Error::new(io::ErrorKind::WouldBlock, "its old folder is still in use"));
+            }
+        }
+        Ok(())
+    }
+}
 
 /// A shard that is no longer in the map; `shard` if it was open.
 pub struct Dropped {
@@ -31,14 +66,16 @@ pub struct Removal {
     folder: PathBuf,
     work: Receiver<Dropped>,
     leaving: Vec<(ShardKey, Arc<Shard>)>,
+    pending: Arc<Pending>,
 }
 
 impl Removal {
     /// `data` is the store's folder.
-    pub fn new(core: &Arc<Core>, data: &Path) -> (Self, Sender<Dropped>) {
+    pub fn new(core: &Arc<Core>, data: &Path, pending: &Arc<Pending>) -> (Self, Sender<Dropped>) {
         // Bounded by the shards that the store has.
         let (sender, work) = channel();
-        (Self { core: Arc::clone(core), folder: data.join("shards"), work, leaving: Vec::new() }, sender)
+        let (core, pending) = (Arc::clone(core), Arc::clone(pending));
+        (Self { core, folder: data.join("shards"), work, leaving: Vec::new(), pending }, sender)
     }
 
     pub fn run(mut self) {
@@ -81,9 +118,12 @@ impl Removal {
 
     fn delete(&self, key: ShardKey) {
         let path = self.folder.join(shard_folder(key));
-        let deleted = fs::remove_dir_all(&path).and_then(|()| File::open(&self.folder)?.sync_all());
+        let beside = replication::remove_beside(&self.folder, key);
+        let deleted =
+            beside.and_then(|()| fs::remove_dir_all(&path)).and_then(|()| File::open(&self.folder)?.sync_all());
+        self.pending.remove(key);
         match deleted {
-            Ok(()) => tracing::info!(shard = %key, "a dropped shard is deleted"),
+            Ok(()) => tracing::info!(shard = %key, "a shard is deleted that has no part here any more"),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => {
                 let path = path.display();
@@ -93,13 +133,18 @@ impl Removal {
     }
 }
 
-/// Shards of dropped keyspaces whose folders are still there.
-pub fn left_behind(data: &Path, records: &BTreeMap<KeyspaceId, KeyspaceRecord>) -> io::Result<Vec<ShardKey>> {
+/// Shards of dropped keyspaces, and those that are others' now, whose folders are still there.
+pub fn left_behind(
+    data: &Path,
+    store: StoreId,
+    records: &BTreeMap<KeyspaceId, KeyspaceRecord>,
+) -> io::Result<Vec<ShardKey>> {
     let mut found = Vec::new();
     for entry in fs::read_dir(data.join("shards"))? {
         let name = entry?.file_name();
         let Some(key) = name.to_str().and_then(shard_of_folder) else { continue };
-        if records.get(&key.keyspace).is_some_and(|record| record.dropped) {
+        let is_own = |record: &KeyspaceRecord| record.copies_of(store).any(|(shard, _)| shard == key.shard);
+        if records.get(&key.keyspace).is_some_and(|record| !is_own(record)) {
             found.push(key);
         }
     }

@@ -4,8 +4,10 @@
 
 use crate::config::Config;
 use crate::engine::EngineError;
-use crate::engine::garbage::{Rules, replicated_ns};
+use crate::engine::garbage::{Rules, UNKNOWN_COPIES};
+use crate::lease::state::{LeaseState, Need};
 use crate::node::{Records, shard_folder};
+use crate::replication::{self, Part};
 use crate::shard::Shard;
 use crate::shard::alarm::Woken;
 use crate::shard::executor::Core;
@@ -56,22 +58,35 @@ impl Opener {
     /// Opens a shard of this store that is not open and serves it; else the gate says why it is not served.
     pub fn open(&self, record: &KeyspaceRecord, key: ShardKey) -> Result<(), EngineError> {
         let shards = &self.core.shards;
-        let Some((_, described)) = record.shards_of(self.store).find(|(shard, _)| *shard == key.shard) else {
+        let Some((_, described)) = record.copies_of(self.store).find(|(shard, _)| *shard == key.shard) else {
             shards.set(key, None);
             return Ok(());
         };
         shards.set(key, Some(Entry::Opening));
         let folder = self.folder(key);
-        let rules = Rules { grace: self.config.gc_grace, replicated_ns: replicated_ns(record.copies) };
+        // How many copies there are it hears with its part.
+        let rules = Rules { grace: self.config.gc_grace, replicated_ns: UNKNOWN_COPIES };
         let table = SlotTable::new(record.shard_count());
         let fsync = record.settings.fsync.unwrap_or(self.config.fsync);
-        let opened = self.core.engine.open(&folder, rules).and_then(|database| {
+        let swapped = replication::swap_in(&self.config.data.join("shards"), key);
+        let swapped = swapped.map_err(|error| EngineError::Disk(format!("cannot put a copy in its place: {error}")));
+        let part = Part::new(self.store, described, record.settings.min_replicas());
+        let engine = &self.core.engine;
+        let open =
+            || if part.has_others() { engine.open_followed(&folder, rules) } else { engine.open(&folder, rules) };
+        let opened = swapped.and_then(|_| open()).and_then(|database| {
             let number = record.name.parse().ok();
-            Shard::new(key, described.epoch, self.store, &table, database, fsync, &self.core.alarm, number)
+            let (epoch, alarm) = (described.epoch, &self.core.alarm);
+            let need = Need::of(record, described, self.store);
+            let lease = Arc::new(LeaseState::new(key, Arc::clone(&self.core.clock), epoch, need));
+            let shard = Shard::new(key, epoch, self.store, &table, database, fsync, alarm, number, lease)?;
+            let shard = Arc::new(shard);
+            replication::assume(&self.core, &shard, part.clone())?;
+            Ok(shard)
         });
         match opened {
             Ok(shard) => {
-                shards.set(key, Some(Entry::Serving(Arc::new(shard))));
+                shards.set(key, Some(Entry::Serving(shard)));
                 Ok(())
             }
             Err(error) => {
@@ -130,7 +145,8 @@ impl Reopening {
     /// Takes failed shards out of the map.
     fn withdraw_failed(&mut self) {
         let shards = &self.opener.core.shards;
-        for shard in shards.current().serving().filter(|shard| shard.is_failed()) {
+        let is_over = |shard: &&Arc<Shard>| shard.is_failed() || shard.replication.is_replaced();
+        for shard in shards.current().serving().filter(is_over) {
             // A record that is being carried out may replace the entry as well.
             let _records = self.records.lock();
             if self.closed.load(Ordering::Acquire) {
@@ -140,7 +156,8 @@ impl Reopening {
             if !matches!(shards.current().entry(shard.key), Some(Entry::Serving(now)) if Arc::ptr_eq(now, shard)) {
                 continue;
             }
-            let reason = shard.trouble().unwrap_or_default();
+            shard.replication.stop_following();
+            let reason = reason_of(shard);
             shard.durability.end(&format!("shard {} met an error of its disk: {reason}", shard.key));
             shards.set(shard.key, Some(Entry::Closing(reason)));
             shard.database.stop_background_work();
@@ -159,14 +176,14 @@ impl Reopening {
             let key = shard.key;
             match Arc::try_unwrap(shard) {
                 Ok(shard) => {
-                    let reason = shard.trouble().unwrap_or_default();
+                    let reason = reason_of(&shard);
                     // Closes the database; may wait for the disk.
                     drop(shard);
                     let _records = self.records.lock();
                     if !self.closed.load(Ordering::Acquire)
                         && matches!(shards.current().entry(key), Some(Entry::Closing(_)))
                     {
-                        shards.set(key, Some(Entry::Failed(format!("it was closed after an error: {reason}"))));
+                        shards.set(key, Some(Entry::Failed(format!("it was closed: {reason}"))));
                     }
                     self.attempts.insert(key, Attempts::beginning(Instant::now()));
                 }
@@ -206,6 +223,12 @@ impl Reopening {
             }
         }
     }
+}
+
+/// Why a shard is closed that was open.
+fn reason_of(shard: &Shard) -> String {
+    let is_replaced = shard.replication.is_replaced().then(|| "a new copy takes its place".to_owned());
+    shard.trouble().or(is_replaced).unwrap_or_default()
 }
 
 impl Attempts {

@@ -83,6 +83,15 @@ pub struct MasterOptions {
     #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:7100", value_parser = address)]
     pub listen: SocketAddr,
 
+    /// Address at which stores and gateways reach this master, if it is another than --listen: of several masters the one that leads is
+    /// named by it.
+    #[arg(long, value_name = "HOST:PORT", value_parser = remote_address)]
+    pub advertise: Option<String>,
+
+    /// Seconds after which a store that is down and holds the records is replaced as their holder by another store.
+    #[arg(long, value_name = "SECONDS", default_value_t = 300)]
+    pub replace_after: u64,
+
     /// Shards of keyspace 0, which is created in an empty cluster.
     #[arg(long, value_name = "COUNT", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub bootstrap_shards: u16,
@@ -150,7 +159,7 @@ pub struct GatewayOptions {
 
 #[derive(Clone, Debug, Args)]
 pub struct MasterAddress {
-    /// Address of the master; repeat it, or separate by commas, for several to be tried in turn.
+    /// Address of the master; repeat it, or separate by commas, if there are several: one leads, the others stand by.
     #[arg(long = "master", visible_alias = "masters", value_name = "HOST:PORT", default_value = "127.0.0.1:7100", value_parser = remote_address, value_delimiter = ',')]
     pub masters: Vec<String>,
 }
@@ -266,6 +275,10 @@ pub struct StorageOptions {
     /// Milliseconds by which an event time that a client gives (EVENTTIME) may be ahead of the store's clock.
     #[arg(long, value_name = "MILLISECONDS", default_value_t = 500)]
     pub max_clock_skew: u64,
+
+    /// Seconds within which the copies of each shard are compared once, slowly; 0 = only when KEYSPACE VERIFY asks.
+    #[arg(long, value_name = "SECONDS", default_value_t = 86400)]
+    pub verify_interval: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -389,6 +402,7 @@ mod tests {
         assert_eq!(i32::from(storage.max_open_files), store.max_open_files);
         assert_eq!(storage.gc_grace, store.gc_grace.as_secs());
         assert_eq!(u128::from(storage.max_clock_skew), store.max_clock_skew.as_millis());
+        assert_eq!(storage.verify_interval, store.verify_interval.as_secs());
         assert_eq!((storage.fsync, store.fsync), (FsyncChoice::Everysec, vasto_store::Fsync::EverySecond));
     }
 }

@@ -142,12 +142,39 @@ pub fn find_keyspace(routing: &Routing, name: &[u8]) -> Result<KeyspaceId, Comma
     }
 }
 
+/// READONLY: in Redis only with cluster support; here replicas may answer what only reads.
+pub fn readonly(context: &mut Context<'_>, _args: Args<'_>) -> Result<Next, CommandError> {
+    read_from(context, Readers::Replicas);
+    context.reply().ok();
+    Ok(Next::Replied)
+}
+
+pub fn readwrite(context: &mut Context<'_>, _args: Args<'_>) -> Result<Next, CommandError> {
+    read_from(context, Readers::Primaries);
+    context.reply().ok();
+    Ok(Next::Replied)
+}
+
+/// Who answers what only reads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Readers {
+    Primaries,
+    Replicas,
+}
+
+fn read_from(context: &mut Context<'_>, readers: Readers) {
+    let from_replicas = readers == Readers::Replicas;
+    context.session.reads_from_replicas = from_replicas;
+    context.session.client.set_reads_from_replicas(from_replicas);
+}
+
 pub fn quit(context: &mut Context<'_>, _args: Args<'_>) -> Result<Next, CommandError> {
     context.reply().ok();
     Ok(Next::RepliedThenClose)
 }
 
 pub fn reset(context: &mut Context<'_>, _args: Args<'_>) -> Result<Next, CommandError> {
+    read_from(context, Readers::Primaries);
     let session = &mut *context.session;
     session.transaction = None;
     session.watched.clear();
@@ -197,6 +224,18 @@ mod tests {
             > CLIENT GETNAME / < null
             "#,
         );
+    }
+
+    #[test]
+    fn readonly_is_kept_until_readwrite_or_reset() {
+        let mut harness = Harness::new();
+        for (line, is_kept) in [("READONLY", true), ("READWRITE", false), ("READONLY", true), ("RESET", false)] {
+            harness.run(line);
+            assert_eq!(harness.session.reads_from_replicas, is_kept, "{line}");
+            assert_eq!(harness.run("CLIENT INFO").contains(" flags=r "), is_kept, "{line}");
+        }
+        assert_eq!((harness.run("READONLY"), harness.run("READWRITE")), ("OK".to_owned(), "OK".to_owned()));
+        assert_eq!(harness.run("READONLY x"), "-ERR wrong number of arguments for 'readonly' command");
     }
 
     #[test]

@@ -67,5 +67,11 @@ pub trait Ask: std::fmt::Debug {
 #[derive(Debug)]
 pub enum Round {
     Again(Vec<ShardRequest>),
+    /// Another round after a pause; where nothing may wait (in a transaction) this packed reply is the answer instead.
+    Later {
+        pause: Duration,
+        requests: Vec<ShardRequest>,
+        otherwise: Vec<u8>,
+    },
     Done,
 }

@@ -91,8 +91,13 @@ impl Figures {
             let Some(routes) = context.routing.keyspace(record.id) else {
                 continue;
             };
+            let mut unreachable = 0;
             for target in routes.shard_keys() {
-                let store = routes.owner(target.shard).map(|(store, _)| store).unwrap_or_default();
+                let Some((store, _)) = routes.owner(target.shard) else {
+                    // Between two primaries: nobody is asked, and nothing waits.
+                    unreachable += 1;
+                    continue;
+                };
                 figures.asked.push((figures.keyspaces.len(), store));
                 let arguments = arguments.clone();
                 requests.push(ShardRequest { target, command: StoreCommand::InternalStats, arguments });
@@ -101,7 +106,7 @@ impl Figures {
                 id: record.id,
                 name: record.name.clone(),
                 shards: record.shards.len(),
-                unreachable: 0,
+                unreachable,
                 unsynced: 0,
                 sums: Vec::new(),
                 keys_exact: true,

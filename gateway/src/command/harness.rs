@@ -152,7 +152,9 @@ impl Harness {
     ) -> Result<(), CommandError> {
         loop {
             match ask.next(&mut self.context(reply), answers)? {
-                Round::Again(requests) => answers = requests.iter().map(&mut *shards).collect(),
+                Round::Again(requests) | Round::Later { requests, .. } => {
+                    answers = requests.iter().map(&mut *shards).collect();
+                }
                 Round::Done => return Ok(()),
             }
         }

@@ -4,6 +4,8 @@
 
 use super::backup::{self, StoreStatus};
 use super::figures::{Figures, Walk};
+use super::replication::{self, Replicas, ShardCopies};
+use super::topology::automatic_failover;
 use super::{Ask, Context, Next, Round, ShardRequest};
 use crate::clients::unix_ms;
 use crate::process::{Memory, machine_memory};
@@ -12,6 +14,8 @@ use std::fmt::{self, Write as _};
 use vasto_proto::REDIS_VERSION;
 use vasto_proto::command::Args;
 use vasto_proto::error::CommandError;
+use vasto_proto::id::ShardKey;
+use vasto_proto::topology::{KeyspaceRecord, ShardRecord};
 
 /// A part of INFO, in the order in which they are shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -87,29 +91,55 @@ pub fn info(context: &mut Context<'_>, args: Args<'_>) -> Result<Next, CommandEr
         (Walk::NoKeys, Walk::NoKeys) => Walk::NoKeys,
         (Walk::CountKeys, _) | (_, Walk::CountKeys) => Walk::CountKeys,
     });
-    if let Some(walk) = walk {
-        return Ok(Next::Ask(Box::new(Info { sections, walk, figures: Figures::default(), asked: 0 })));
+    let copies = copies_to_ask(context, &sections);
+    if walk.is_some() || !copies.is_empty() {
+        return Ok(Next::Ask(Box::new(Info { sections, walk, copies, figures: Figures::default(), asked: 0 })));
     }
-    let text = render(context, &sections, &Figures::default(), StoreStatus::default());
+    let text = render(context, &sections, &Answers::default());
     context.reply().verbatim(&text);
     Ok(Next::Replied)
+}
+
+/// The shards that are asked for their copies: for `replication` those of the connection's keyspace, for `vasto` all that have any.
+fn copies_to_ask(context: &Context<'_>, sections: &[Section]) -> Vec<ShardKey> {
+    let of_connection = sections.contains(&Section::Replication);
+    let of_all = sections.contains(&Section::Vasto);
+    let has_copies = |keyspace: &KeyspaceRecord| keyspace.shards.iter().any(|shard| shard.copies().nth(1).is_some());
+    let is_asked = |keyspace: &&KeyspaceRecord| {
+        of_connection && keyspace.id == context.session.keyspace || of_all && has_copies(keyspace)
+    };
+    let keyspaces = context.routing.snapshot.keyspaces.iter().filter(is_asked);
+    keyspaces.flat_map(|keyspace| replication::shards_to_ask(context.routing, keyspace.id)).collect()
+}
+
+/// What was asked for.
+#[derive(Default)]
+struct Answers {
+    figures: Figures,
+    saves: StoreStatus,
+    /// `None`: the shard did not answer.
+    copies: Vec<(ShardKey, Option<ShardCopies>)>,
 }
 
 /// Asks every shard for its figures; one that fails is counted, and INFO answers all the same.
 #[derive(Debug)]
 struct Info {
     sections: Vec<Section>,
-    walk: Walk,
+    walk: Option<Walk>,
+    copies: Vec<ShardKey>,
     figures: Figures,
-    /// Requests for the figures; those about backups come behind them.
+    /// Requests for the figures; those about copies and backups come behind them.
     asked: usize,
 }
 
 impl Ask for Info {
     fn start(&mut self, context: &mut Context<'_>) -> Result<Vec<ShardRequest>, CommandError> {
-        let (figures, mut requests) = Figures::ask(context, self.walk);
-        self.figures = figures;
+        let mut requests = Vec::new();
+        if let Some(walk) = self.walk {
+            (self.figures, requests) = Figures::ask(context, walk);
+        }
         self.asked = requests.len();
+        requests.extend(self.copies.iter().map(|shard| replication::ask(*shard)));
         if self.sections.contains(&Section::Persistence) {
             requests.extend(backup::one_shard_each(context).iter().map(backup::ask_status));
         }
@@ -117,9 +147,15 @@ impl Ask for Info {
     }
 
     fn next(&mut self, context: &mut Context<'_>, answers: Vec<Vec<u8>>) -> Result<Round, CommandError> {
-        let (figures, saves) = answers.split_at(self.asked.min(answers.len()));
+        let (figures, rest) = answers.split_at(self.asked.min(answers.len()));
+        let (copies, saves) = rest.split_at(self.copies.len().min(rest.len()));
         self.figures.take(figures);
-        let text = render(context, &self.sections, &self.figures, StoreStatus::of_all(saves));
+        let answers = Answers {
+            figures: std::mem::take(&mut self.figures),
+            saves: StoreStatus::of_all(saves),
+            copies: self.copies.iter().zip(copies).map(|(key, copies)| (*key, ShardCopies::parse(copies))).collect(),
+        };
+        let text = render(context, &self.sections, &answers);
         context.reply().verbatim(&text);
         Ok(Round::Done)
     }
@@ -167,16 +203,17 @@ fn human(bytes: u64) -> String {
     format!("{amount:.2}{}", UNITS[unit])
 }
 
-fn render(context: &Context<'_>, sections: &[Section], figures: &Figures, saves: StoreStatus) -> String {
+fn render(context: &Context<'_>, sections: &[Section], answers: &Answers) -> String {
+    let Answers { figures, saves, copies } = answers;
     let mut text = Text::default();
     for section in sections {
         match section {
             Section::Server => server(&mut text, context),
             Section::Clients => clients(&mut text, context),
             Section::Memory => memory(&mut text, context),
-            Section::Persistence => persistence(&mut text, figures, saves),
+            Section::Persistence => persistence(&mut text, figures, *saves),
             Section::Stats => stats(&mut text, context),
-            Section::Replication => replication(&mut text, context),
+            Section::Replication => replication(&mut text, context, copies),
             Section::Cpu => cpu(&mut text),
             Section::Modules => text.section("Modules"),
             Section::CommandStats => command_stats(&mut text, context),
@@ -187,7 +224,7 @@ fn render(context: &Context<'_>, sections: &[Section], figures: &Figures, saves:
                 text.field("cluster_enabled", 0);
             }
             Section::Keyspace => keyspace(&mut text, figures),
-            Section::Vasto => vasto(&mut text, context, figures),
+            Section::Vasto => vasto(&mut text, context, figures, copies),
         }
     }
     text.0
@@ -243,7 +280,8 @@ fn clients(text: &mut Text, context: &Context<'_>) {
     text.field("maxclients", context.shared.settings.maxclients());
     text.field("client_recent_max_input_buffer", largest(|client| client.query_bytes()));
     text.field("client_recent_max_output_buffer", largest(|client| client.output_bytes()));
-    text.zeros(&["blocked_clients", "tracking_clients", "clients_in_timeout_table"]);
+    text.field("blocked_clients", all.iter().filter(|client| client.is_blocked()).count());
+    text.zeros(&["tracking_clients", "clients_in_timeout_table"]);
 }
 
 fn memory(text: &mut Text, context: &Context<'_>) {
@@ -332,16 +370,72 @@ fn stats(text: &mut Text, context: &Context<'_>) {
     text.field("total_error_replies", figures.error_replies());
 }
 
-fn replication(text: &mut Text, context: &Context<'_>) {
+/// As a master's: the keyspace's primaries together, and as its slaves the stores with other copies.
+fn replication(text: &mut Text, context: &Context<'_>, copies: &[(ShardKey, Option<ShardCopies>)]) {
+    let keyspace = context.session.keyspace;
+    let of_keyspace: Vec<_> = copies.iter().filter(|(key, _)| key.keyspace == keyspace).cloned().collect();
+    let replicas = Replicas::new(context.routing, &of_keyspace);
     text.section("Replication");
     text.field("role", "master");
-    text.field("connected_slaves", 0);
+    text.field("connected_slaves", replicas.stores.len());
+    if let Some(record) = context.routing.snapshot.keyspace(keyspace)
+        && record.settings.min_replicas() > 0
+    {
+        text.field("min_slaves_good_slaves", CopiesOfKeyspace::new(record, context, copies).in_sync);
+    }
+    for (number, store) in replicas.stores.iter().enumerate() {
+        let state = if store.is_online { "online" } else { "send_bulk" };
+        let (ip, port, offset, lag) = (&store.ip, &store.port, store.offset, store.lag.as_secs());
+        text.field(
+            format_args!("slave{number}"),
+            format_args!("ip={ip},port={port},state={state},offset={offset},lag={lag}"),
+        );
+    }
     text.field("master_failover_state", "no-failover");
-    text.field("master_replid", &context.shared.run_id);
+    text.field("master_replid", replication::replication_id(context.routing.snapshot.cluster));
     text.field("master_replid2", "0".repeat(40));
-    text.field("master_repl_offset", 0);
+    text.field("master_repl_offset", replicas.offset);
     text.field("second_repl_offset", -1);
+    // Followers that were away get what they lack from the logs of the primaries, not from a buffer of one size.
     text.zeros(&["repl_backlog_active", "repl_backlog_size", "repl_backlog_first_byte_offset", "repl_backlog_histlen"]);
+}
+
+/// The copies of one keyspace in numbers: its weakest shard counts.
+struct CopiesOfKeyspace {
+    /// On stores that are up, the primary's included; copies that are being made do not count.
+    present: usize,
+    /// Replicas that have all but what is on its way.
+    in_sync: usize,
+    lag_ms: u128,
+    vacant: usize,
+    /// Too few replicas follow some shard for the keyspace's `min-replicas`.
+    writes_wait: bool,
+}
+
+impl CopiesOfKeyspace {
+    fn new(record: &KeyspaceRecord, context: &Context<'_>, asked: &[(ShardKey, Option<ShardCopies>)]) -> Self {
+        let counts = |shard: &ShardRecord, store| shard.primary == store || shard.replicas.contains(&store);
+        let present = |shard: &ShardRecord| {
+            shard.copies().filter(|store| counts(shard, *store) && context.routing.is_up(*store)).count()
+        };
+        let mut copies = Self {
+            present: record.shards.iter().map(present).min().unwrap_or_default(),
+            in_sync: usize::MAX,
+            lag_ms: 0,
+            vacant: record.shards.iter().filter(|shard| shard.is_vacant()).count(),
+            writes_wait: false,
+        };
+        for (number, shard) in record.shards.iter().enumerate() {
+            let is_it = |key: &ShardKey| key.keyspace == record.id && usize::from(key.shard.0) == number;
+            let answer = asked.iter().find(|(key, _)| is_it(key)).and_then(|(_, answer)| answer.as_ref());
+            let in_sync = answer.map_or(0, |answer| answer.in_sync(shard));
+            copies.in_sync = copies.in_sync.min(in_sync);
+            let lags = answer.into_iter().flat_map(|answer| &answer.followers).map(|follower| follower.lag.as_millis());
+            copies.lag_ms = lags.fold(copies.lag_ms, u128::max);
+        }
+        copies.writes_wait = copies.in_sync < record.settings.min_replicas() as usize;
+        copies
+    }
 }
 
 /// The unit of the times in `/proc/self/stat`: the kernel gives user space hundredths of a second on every architecture that we run on.
@@ -420,13 +514,21 @@ fn keyspace(text: &mut Text, figures: &Figures) {
     }
 }
 
-fn vasto(text: &mut Text, context: &Context<'_>, figures: &Figures) {
+fn vasto(text: &mut Text, context: &Context<'_>, figures: &Figures, copies: &[(ShardKey, Option<ShardCopies>)]) {
     let snapshot = &context.routing.snapshot;
     let chosen = snapshot.keyspace(context.session.keyspace);
     text.section("Vasto");
     text.field("vasto_cluster", snapshot.cluster);
     text.field("vasto_topology_version", snapshot.version);
     text.field("vasto_waiting_for", &snapshot.waiting_for);
+    let leadership = &snapshot.leadership;
+    let holders: Vec<String> = leadership.group.members.iter().map(ToString::to_string).collect();
+    text.field("vasto_term", leadership.term);
+    text.field("vasto_master", &leadership.address);
+    text.field("vasto_standby_masters", leadership.standbys.join(","));
+    text.field("vasto_holder_group", leadership.group.version);
+    text.field("vasto_holders", holders.join(","));
+    text.field("vasto_automatic_failover", automatic_failover(&leadership.group));
     text.field("vasto_keyspace", chosen.map_or("", |keyspace| &keyspace.name));
     text.field("vasto_stores", snapshot.stores.len());
     text.field("vasto_stores_up", snapshot.stores.iter().filter(|store| store.up).count());
@@ -443,6 +545,18 @@ fn vasto(text: &mut Text, context: &Context<'_>, figures: &Figures) {
             "vasto_keyspace_{}:id={},shards={},fsync={fsync},dbsize={dbsize}",
             keyspace.name, keyspace.id, keyspace.shards
         );
+        if let Some(record) = snapshot.keyspace(keyspace.id) {
+            let CopiesOfKeyspace { present, in_sync, lag_ms, vacant, writes_wait } =
+                CopiesOfKeyspace::new(record, context, copies);
+            let (wished, min_replicas) = (record.copies, record.settings.min_replicas());
+            let yes_or_no = |is_so: bool| if is_so { "yes" } else { "no" };
+            let (strict, writes_wait) = (yes_or_no(record.settings.strict()), yes_or_no(writes_wait));
+            let _ = write!(
+                text.0,
+                ",copies={wished},copies_present={present},min_replicas={min_replicas},strict={strict},\
+                 replicas_in_sync={in_sync},lag_ms={lag_ms},vacant_shards={vacant},writes_wait_for_a_replica={writes_wait}"
+            );
+        }
         for (name, sum) in keyspace.sums() {
             let _ = write!(text.0, ",{name}={sum}");
         }
@@ -487,7 +601,7 @@ mod tests {
         let mut harness = Harness::new();
         assert_eq!(harness.run("INFO cluster"), r##"txt:"# Cluster\r\ncluster_enabled:0\r\n""##);
         assert_eq!(harness.run("INFO nosuch"), r#"txt:"""#);
-        let server = harness.run("INFO server clients memory stats replication cpu");
+        let server = harness.run("INFO server clients memory stats cpu");
         for field in [
             "redis_version:7.0.15\\r\\n",
             "redis_mode:standalone",
@@ -496,7 +610,6 @@ mod tests {
             "connected_clients:1",
             "blocked_clients:0",
             "used_memory:",
-            "role:master",
             "used_cpu_user:",
             "# Stats",
         ] {
@@ -517,7 +630,7 @@ mod tests {
         assert!(text.contains("vasto_stores:2\\r\\nvasto_stores_up:1\\r\\nvasto_keyspaces:2\\r\\nvasto_shards:4\\r\\nvasto_shards_unreachable:0\\r\\n"), "{text}");
         assert!(
             text.contains(
-                "vasto_keyspace_0:id=0,shards=3,fsync=everysec,dbsize=exact,keys=60,expires=6,disk_bytes=21\\r\\n"
+                "vasto_keyspace_0:id=0,shards=3,fsync=everysec,dbsize=exact,copies=1,copies_present=0,min_replicas=0,strict=yes,replicas_in_sync=0,lag_ms=0,vacant_shards=0,writes_wait_for_a_replica=no,keys=60,expires=6,disk_bytes=21\\r\\n"
             ),
             "{text}"
         );
@@ -527,7 +640,54 @@ mod tests {
         });
         assert!(text.contains("aof_last_write_status:err\\r\\n"), "{text}");
         assert!(text.contains("vasto_shards_unreachable:1\\r\\n"), "{text}");
-        assert!(text.contains("vasto_keyspace_0:id=0,shards=3,fsync=everysec,dbsize=estimate,keys=40,"), "{text}");
+        assert!(text.contains("vasto_keyspace_0:id=0,shards=3,fsync=everysec,dbsize=estimate,copies=1,"), "{text}");
+        assert!(text.contains(",keys=40,"), "{text}");
+    }
+
+    #[test]
+    fn replication_is_that_of_a_master_with_the_stores_of_the_copies_as_its_slaves() {
+        let mut harness = Harness::new();
+        let shard = |followers: &'static [(i64, i64, i64)]| {
+            move |request: &ShardRequest| match request.command {
+                StoreCommand::InternalReplication => packed(|reply| {
+                    reply.array(5);
+                    reply.bulk(b"primary");
+                    [1, 1, 10].into_iter().for_each(|number| reply.integer(number));
+                    reply.array(followers.len());
+                    for (store, in_sync, applied) in followers {
+                        reply.array(5);
+                        [*store, 1, *in_sync, *applied, 1_500_000].into_iter().for_each(|number| reply.integer(number));
+                    }
+                }),
+                _ => figures(request),
+            }
+        };
+        let text = harness.run_with("INFO replication", &mut shard(&[]));
+        let expected = format!(
+            "txt:\"# Replication\\r\\nrole:master\\r\\nconnected_slaves:0\\r\\nmaster_failover_state:no-failover\\r\\nmaster_replid:{}\\r\\n",
+            replication::replication_id(harness.routing.snapshot.cluster)
+        );
+        assert!(text.starts_with(&expected), "{text}");
+        assert!(text.contains("master_repl_offset:30\\r\\nsecond_repl_offset:-1\\r\\nrepl_backlog_active:0"), "{text}");
+        let mut snapshot = vasto_proto::topology::Snapshot::clone(&harness.routing.snapshot);
+        let users = &mut snapshot.keyspaces[1];
+        users.copies = 2;
+        users.settings.min_replicas = Some(1);
+        users.shards[0].replicas = vec![vasto_proto::id::StoreId(0xa)];
+        harness.session.keyspace = users.id;
+        harness.routing = crate::routing::Routing::new(std::sync::Arc::new(snapshot));
+        let text = harness.run_with("INFO replication vasto", &mut shard(&[(0xa, 1, 8)]));
+        let slaves = "connected_slaves:1\\r\\nmin_slaves_good_slaves:1\\r\\nslave0:ip=10.0.0.10,port=7201,state=online,offset=8,lag=1\\r\\n";
+        assert!(text.contains(slaves) && text.contains("master_repl_offset:10\\r\\n"), "{text}");
+        let copies = "vasto_keyspace_users:id=5,shards=1,fsync=everysec,dbsize=exact,copies=2,copies_present=1,min_replicas=1,strict=yes,\
+                      replicas_in_sync=1,lag_ms=1500,vacant_shards=0,writes_wait_for_a_replica=no,";
+        assert!(text.contains(copies), "{text}");
+        let text = harness.run_with("INFO replication vasto", &mut shard(&[(0xa, 0, 8)]));
+        assert!(text.contains("min_slaves_good_slaves:0") && text.contains("state=send_bulk"), "{text}");
+        assert!(
+            text.contains("replicas_in_sync=0,lag_ms=1500,vacant_shards=0,writes_wait_for_a_replica=yes"),
+            "{text}"
+        );
     }
 
     #[test]

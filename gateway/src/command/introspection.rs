@@ -34,14 +34,14 @@ fn categories(spec: &CommandSpec) -> Vec<&'static str> {
     let of_keyspace = spec.group == "generic" && !container && spec.name != "wait"
         || matches!(spec.name, "dbsize" | "flushdb" | "flushall" | "swapdb");
     let dangerous = has(Flags::ADMIN)
-        || matches!(spec.name, "keys" | "flushdb" | "flushall" | "info" | "restore" | "lastsave" | "swapdb");
+        || matches!(spec.name, "keys" | "flushdb" | "flushall" | "info" | "restore" | "lastsave" | "role" | "swapdb");
     [
         (of_keyspace, "keyspace"),
         (has(Flags::READONLY), "read"),
         (has(Flags::WRITE), "write"),
         (spec.group == "string", "string"),
         (has(Flags::PUBSUB), "pubsub"),
-        (has(Flags::ADMIN) || spec.name == "lastsave", "admin"),
+        (has(Flags::ADMIN) || matches!(spec.name, "lastsave" | "role"), "admin"),
         (has(Flags::FAST), "fast"),
         (!has(Flags::FAST), "slow"),
         (has(Flags::BLOCKING), "blocking"),

@@ -13,11 +13,13 @@ pub mod introspection;
 pub mod keyspaces;
 pub mod memory;
 pub mod pattern;
+pub mod replication;
 pub mod scan;
 pub mod server;
 pub mod slowlog;
 pub mod topology;
 pub mod transaction;
+pub mod verification;
 
 #[cfg(test)]
 mod harness;

@@ -1,6 +1,5 @@
 //! Commands on the process that was asked: its clock, its end, and what stock clients and tests ask besides.
 
-use super::client::timeout_ms;
 use super::{Context, Next};
 use crate::clients::unix_ms;
 use std::fmt::Write as _;
@@ -89,14 +88,6 @@ pub fn shutdown(_context: &mut Context<'_>, args: Args<'_>) -> Result<Next, Comm
     Ok(Next::Shutdown)
 }
 
-/// There are no replicas to wait for, so it answers at once, whatever the timeout.
-pub fn wait(context: &mut Context<'_>, mut args: Args<'_>) -> Result<Next, CommandError> {
-    args.integer()?;
-    timeout_ms(args.bytes()?)?;
-    context.reply().integer(0);
-    Ok(Next::Replied)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -112,10 +103,6 @@ mod tests {
             > SHUTDOWN SAVE NOSAVE / < -ERR syntax error
             > SHUTDOWN ABORT / < -ERR No shutdown in progress.
             > SHUTDOWN NOSAVE now / < (shutdown)
-            > WAIT a 0 / < -ERR value is not an integer or out of range
-            > WAIT 0 a / < -ERR timeout is not an integer or out of range
-            > WAIT 0 -1 / < -ERR timeout is negative
-            > WAIT 1 100 / < 0
             > DEBUG SLEEP 0.5 / < OK
             > TIME x / < -ERR wrong number of arguments for 'time' command
             "#,

@@ -260,6 +260,7 @@ impl Ask for Exec {
                     self.nested = Some(nested);
                     return Ok(Round::Again(requests));
                 }
+                Ok(Round::Later { otherwise, .. }) => self.done.push(otherwise),
                 Ok(Round::Done) => self.done.push(reply),
                 Err(error) => self.done.push(error_reply(error.text())),
             }

@@ -23,6 +23,17 @@ const TOPOLOGY_TIMEOUT: Duration = Duration::from_secs(2);
 pub struct Alteration {
     pub name: String,
     pub changes: Settings,
+    /// How many copies of each shard there shall be; `None`: as many as before.
+    pub copies: Option<u32>,
+}
+
+/// Another primary is wanted for a shard, without a loss.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Failover {
+    pub name: String,
+    pub shard: u32,
+    /// `None`: the replica that is best.
+    pub to: Option<StoreId>,
 }
 
 /// A keyspace that is wanted.
@@ -44,6 +55,7 @@ pub enum Change {
     Create(Creation),
     /// The keyspace of this name.
     Drop(String),
+    Failover(Failover),
 }
 
 /// What has come of it.
@@ -66,6 +78,8 @@ enum Failure {
     Refused(String),
     /// It was sent.
     Lost(String),
+    /// Nothing was done: another master leads, or none yet.
+    Elsewhere(String),
 }
 
 impl Masters {
@@ -73,7 +87,7 @@ impl Masters {
         Self { addresses, topology }
     }
 
-    /// Asks the first master that can be reached, and returns the packed reply: OK when the change holds and this gateway knows it.
+    /// Asks the master that leads, and returns the packed reply: OK when the change holds and this gateway knows it.
     pub async fn change(&self, change: Change) -> Vec<u8> {
         let mut reply = Vec::new();
         match self.try_change(&change).await {
@@ -104,13 +118,21 @@ impl Masters {
 
     async fn try_change(&self, change: &Change) -> Result<Changed, CommandError> {
         let mut reason = "this gateway has no address of one".to_owned();
-        for master in &self.addresses {
+        let mut elsewhere = None;
+        // The leader first, as far as it is known; its address is perhaps not among those that this gateway was told.
+        let leader = Some(self.latest().leadership.address.clone()).filter(|leader| !leader.is_empty());
+        let others = self.addresses.iter().filter(|address| Some(*address) != leader.as_ref());
+        for master in leader.iter().chain(others) {
             match ask(master, change).await {
                 Ok(changed) => return Ok(changed),
                 Err(Failure::NotSent(text)) => reason = text,
+                Err(Failure::Elsewhere(text)) => elsewhere = Some(text),
                 Err(Failure::Refused(text)) => return Err(one_line(&format!("ERR {text}"))),
                 Err(Failure::Lost(text)) => return Err(one_line(&format!("{} ({text})", error::MASTER_LOST.text()))),
             }
+        }
+        if let Some(text) = elsewhere {
+            return Err(one_line(&format!("ERR {text}")));
         }
         Err(one_line(&format!("{} ({reason})", error::NO_MASTER.text())))
     }
@@ -125,7 +147,7 @@ impl Masters {
 async fn ask(master: &str, change: &Change) -> Result<Changed, Failure> {
     let endpoint = net::endpoint(master).map_err(|error| Failure::NotSent(error.to_string()))?;
     let channel = endpoint.connect().await.map_err(|error| Failure::NotSent(error.to_string()))?;
-    let mut client = MasterClient::new(channel);
+    let mut client = MasterClient::new(channel).max_decoding_message_size(net::CONTROL_BYTES_MAX);
     let protocol_version = PROTOCOL_VERSION;
     match change {
         Change::Alter(alteration) => {
@@ -135,6 +157,7 @@ async fn ask(master: &str, change: &Change) -> Result<Changed, Failure> {
                 settings: Some((&alteration.changes).into()),
                 // A setting is set, whatever it was: who comes last wins.
                 expected_epoch: 0,
+                copies: alteration.copies.unwrap_or_default(),
             };
             let response = answer(client.alter_keyspace(request)).await?;
             changed(response.record)
@@ -151,6 +174,16 @@ async fn ask(master: &str, change: &Change) -> Result<Changed, Failure> {
             let response = answer(client.create_keyspace(request)).await?;
             changed(response.record)
         }
+        Change::Failover(failover) => {
+            let request = pb::FailoverShardRequest {
+                protocol_version,
+                name: failover.name.clone(),
+                shard: failover.shard,
+                to_store: failover.to.unwrap_or_default().0,
+            };
+            let response = answer(client.failover_shard(request)).await?;
+            changed(response.record)
+        }
         Change::Drop(name) => {
             let request = pb::DropKeyspaceRequest { protocol_version, name: name.clone() };
             let response = answer(client.drop_keyspace(request)).await?;
@@ -165,6 +198,7 @@ async fn answer<T>(call: impl Future<Output = Result<Response<T>, Status>>) -> R
     let answer = answer.map_err(|_| Failure::Lost("the master does not answer".to_owned()))?;
     let response = answer.map_err(|status| match status.code() {
         Code::FailedPrecondition | Code::InvalidArgument => Failure::Refused(status.message().to_owned()),
+        Code::Aborted => Failure::Elsewhere(status.message().to_owned()),
         Code::Unimplemented => Failure::Refused("the master runs an older version; nothing was changed".to_owned()),
         _ => Failure::Lost(status.message().to_owned()),
     })?;
@@ -191,7 +225,7 @@ mod tests {
     #[tokio::test]
     async fn without_a_master_the_answer_says_so() {
         let (_sender, topology) = watch::channel(Arc::new(Snapshot::default()));
-        let alteration = Alteration { name: "0".to_owned(), changes: Settings::default() };
+        let alteration = Alteration { name: "0".to_owned(), changes: Settings::default(), copies: None };
         for (addresses, ending) in [(vec![], "(this gateway has no address of one)"), (vec!["127.0.0.1:1"], "error)")] {
             let addresses = addresses.into_iter().map(str::to_owned).collect();
             let reply = Masters::new(addresses, topology.clone()).change(Change::Alter(alteration.clone())).await;

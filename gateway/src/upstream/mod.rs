@@ -4,6 +4,8 @@ pub mod grpc;
 pub mod link;
 pub mod masters;
 pub(crate) mod pool;
+#[cfg(test)]
+mod tests;
 
 pub use grpc::GrpcConnector;
 pub use link::{AnswerReceiver, BatchSender, Connector, LinkError, LocalFuture};

@@ -85,6 +85,12 @@ macro_rules! store_commands {
             InternalSaves "_saves" 1 [READONLY INTERNAL] (0 0 0) OneShard backup::saves "internal" "0.1.0" "The backups of a store.";
             // `_compact` rewrites a shard's files and answers OK when it is done.
             InternalCompact "_compact" 1 [READONLY WALKS INTERNAL] (0 0 0) AllShards(AllOk) keyspace::compact "internal" "0.1.0" "Takes back the space of a shard's dead rows.";
+            // `_replication` answers an array: role (`primary` or `replica`), epoch and number of the era, sequence number, and an array with
+            // one array for each follower: store, connected, in sync, applied up to, lag in microseconds.
+            InternalReplication "_replication" 1 [READONLY INTERNAL] (0 0 0) OneShard replication::figures "internal" "0.1.0" "How far the copies of a shard are.";
+            // `_verify` compares the shard's copies and answers an array: rows, copies compared, slots that differ in all, and what else there is
+            // to say.
+            InternalVerify "_verify" 1 [READONLY WALKS INTERNAL] (0 0 0) OneShard replication::verify "internal" "0.1.0" "Compares the copies of a shard.";
         }
     };
 }
@@ -104,6 +110,8 @@ macro_rules! gateway_commands {
             Select "select" 2 [LOADING STALE FAST] (0 0 0) Here connection::select "connection" "1.0.0" "Chooses the keyspace.";
             Move "move" 3 [WRITE FAST] (1 1 1) Here keyspaces::refuse "generic" "1.0.0" "Refused: databases have shards of their own.";
             Swapdb "swapdb" 3 [WRITE FAST] (0 0 0) Here keyspaces::refuse "server" "4.0.0" "Refused: databases have shards of their own.";
+            Readonly "readonly" 1 [LOADING STALE FAST] (0 0 0) Here connection::readonly "connection" "3.0.0" "Lets replicas answer what only reads; they may be behind.";
+            Readwrite "readwrite" 1 [LOADING STALE FAST] (0 0 0) Here connection::readwrite "connection" "3.0.0" "Has primaries answer everything again.";
             Quit "quit" -1 [NOSCRIPT LOADING STALE FAST NO_AUTH ALLOW_BUSY] (0 0 0) Here connection::quit "connection" "1.0.0" "Closes the connection.";
             Reset "reset" 1 [NOSCRIPT LOADING STALE FAST NO_AUTH ALLOW_BUSY] (0 0 0) Here connection::reset "connection" "6.2.0" "Sets the connection back to how it began.";
             Auth "auth" -2 [NOSCRIPT LOADING STALE FAST NO_AUTH ALLOW_BUSY] (0 0 0) Here connection::auth "connection" "1.0.0" "Authenticates the connection.";
@@ -140,6 +148,7 @@ macro_rules! gateway_commands {
             ConfigRewrite "config|rewrite" 2 [ADMIN NOSCRIPT LOADING STALE] (0 0 0) Here config::rewrite "server" "2.8.0" "Answers that there is no configuration file to rewrite.";
 
             Info "info" -1 [LOADING STALE] (0 0 0) Here info::info "server" "1.0.0" "Describes the server.";
+            Role "role" 1 [NOSCRIPT LOADING STALE FAST] (0 0 0) Here replication::role "server" "2.8.12" "Returns how far the keyspace's copies are.";
             Time "time" 1 [LOADING STALE FAST] (0 0 0) Here server::time "server" "2.6.0" "Returns the time of this gateway.";
             Lolwut "lolwut" -1 [READONLY FAST] (0 0 0) Here server::lolwut "server" "5.0.0" "Shows the version and a picture.";
             Debug "debug" -2 [ADMIN NOSCRIPT LOADING STALE] (0 0 0) Here server::debug "server" "1.0.0" "Commands for tests: DEBUG SLEEP seconds holds up this connection.";
@@ -158,7 +167,7 @@ macro_rules! gateway_commands {
             Save "save" 1 [ADMIN NOSCRIPT NO_ASYNC_LOADING NO_MULTI] (0 0 0) Here backup::save "server" "1.0.0" "Has every store make a backup and answers when all are done.";
             Lastsave "lastsave" 1 [LOADING STALE FAST] (0 0 0) Here backup::lastsave "server" "1.0.0" "Returns when the last backup was done that every store has, in Unix seconds; 0 = never.";
             Shutdown "shutdown" -1 [ADMIN NOSCRIPT LOADING STALE NO_MULTI ALLOW_BUSY] (0 0 0) Here server::shutdown "server" "1.0.0" "Stops the process that was asked.";
-            Wait "wait" 3 [NOSCRIPT] (0 0 0) Here server::wait "generic" "3.0.0" "Counts the replicas that have this connection's writes.";
+            Wait "wait" 3 [NOSCRIPT] (0 0 0) Here replication::wait "generic" "3.0.0" "Counts the replicas that have this connection's writes.";
 
             Multi "multi" 1 [NOSCRIPT LOADING STALE FAST ALLOW_BUSY] (0 0 0) Here transaction::multi "transactions" "1.2.0" "Starts a transaction.";
             Exec "exec" 1 [NOSCRIPT LOADING STALE SKIP_SLOWLOG] (0 0 0) Here transaction::exec "transactions" "1.2.0" "Runs the commands of a transaction; all keys must lie in one shard.";
@@ -172,10 +181,12 @@ macro_rules! gateway_commands {
             Keyspace "keyspace" -2 [CONTAINER] (0 0 0) Here container::missing "vasto" "0.1.0" "Commands on keyspaces.";
             KeyspaceHelp "keyspace|help" 2 [LOADING STALE] (0 0 0) Here container::keyspace_help "vasto" "0.1.0" "Lists the subcommands.";
             KeyspaceList "keyspace|list" 2 [LOADING STALE] (0 0 0) Here topology::keyspace_list "vasto" "0.1.0" "Lists the keyspaces.";
-            KeyspaceAlter "keyspace|alter" -5 [ADMIN LOADING STALE] (0 0 0) Here topology::keyspace_alter "vasto" "0.1.0" "Changes settings of a keyspace, for all gateways.";
+            KeyspaceAlter "keyspace|alter" -5 [ADMIN LOADING STALE] (0 0 0) Here keyspaces::keyspace_alter "vasto" "0.1.0" "Changes settings of a keyspace, for all gateways.";
             KeyspaceCreate "keyspace|create" -5 [ADMIN NOSCRIPT] (0 0 0) Here keyspaces::create "vasto" "0.1.0" "Creates a keyspace, for all gateways.";
             KeyspaceDrop "keyspace|drop" -3 [ADMIN NOSCRIPT] (0 0 0) Here keyspaces::drop "vasto" "0.1.0" "Drops a keyspace with all its data, for good.";
+            KeyspaceFailover "keyspace|failover" -5 [ADMIN NOSCRIPT] (0 0 0) Here keyspaces::failover "vasto" "0.1.0" "Gives a shard another primary, without loss.";
             KeyspaceInfo "keyspace|info" 3 [LOADING STALE] (0 0 0) Here topology::keyspace_info "vasto" "0.1.0" "Describes a keyspace.";
+            KeyspaceVerify "keyspace|verify" 3 [ADMIN NOSCRIPT] (0 0 0) Here verification::keyspace_verify "vasto" "0.1.0" "Compares the copies of a keyspace's shards; those that differ are made anew.";
             KeyspaceCompact "keyspace|compact" 3 [ADMIN NOSCRIPT] (0 0 0) Here compaction::keyspace_compact "vasto" "0.1.0" "Rewrites the files of a keyspace without its dead rows.";
         }
     };

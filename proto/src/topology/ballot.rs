@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 
 use thiserror::Error;
 
+use super::peers::HolderGroup;
 use super::record::KeyspaceRecord;
 use crate::id::{Epoch, KeyspaceId};
 
@@ -22,10 +23,14 @@ impl Term {
     pub const NONE: Self = Self { number: 0, life: 0 };
 }
 
-/// What is voted on; its content means nothing here.
+/// What is voted on; its content means nothing here, but for the group of those who vote.
 pub trait Versioned: Clone + Eq {
     fn keyspace(&self) -> KeyspaceId;
     fn epoch(&self) -> Epoch;
+    /// The stores that vote from here on, if it says so.
+    fn group(&self) -> Option<&HolderGroup> {
+        None
+    }
 }
 
 impl Versioned for KeyspaceRecord {
@@ -94,6 +99,18 @@ impl<R> Default for Holder<R> {
 }
 
 impl<R: Versioned> Holder<R> {
+    /// As it was written to disk.
+    pub fn restore(promised: Term, accepted: impl IntoIterator<Item = Accepted<R>>) -> Self {
+        let accepted: BTreeMap<_, _> = accepted.into_iter().map(|it| (it.record.keyspace(), it)).collect();
+        // What was accepted was promised.
+        let promised = accepted.values().map(|it| it.term).fold(promised, Term::max);
+        Self { promised, accepted }
+    }
+
+    pub fn accepted_of(&self, keyspace: KeyspaceId) -> Option<&Accepted<R>> {
+        self.accepted.get(&keyspace)
+    }
+
     pub fn promised(&self) -> Term {
         self.promised
     }
@@ -182,8 +199,8 @@ mod tests {
     fn messages_of_one_term_may_overtake_each_other() {
         let mut holder = Holder::default();
         let first = record();
-        let second = first.with_settings(Settings { fsync: Some(Fsync::Always) });
-        let other = first.with_settings(Settings { fsync: Some(Fsync::Never) });
+        let second = first.with_settings(Settings { fsync: Some(Fsync::Always), ..Settings::default() });
+        let other = first.with_settings(Settings { fsync: Some(Fsync::Never), ..Settings::default() });
         assert_eq!(accept(&mut holder, 1, &second), Ok(()));
         assert_eq!(accept(&mut holder, 1, &second), Ok(()));
         let keyspace = KeyspaceId(0);

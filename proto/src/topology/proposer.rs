@@ -6,14 +6,16 @@
 //! - A record may be acted on when [`Proposer::chosen`] returns it: a majority has accepted it under this term.
 //! - In one term there is one record of each epoch, and the next only after the one before is chosen.
 //! - After a holder has refused the term, nothing is proposed under it any more.
-//!
-//! The group is fixed for the life of a proposer, and it must be the same for every master of the cluster.
+//! - The group of holders is itself voted on. It changes by one store at a time, when all records are with a majority of it, and while it
+//!   changes both the old and the new one must agree to everything: any majority of one has a store in common with any of the other.
+//! - The first group is formed by promises of all stores that could have a record, and written when all of its members keep all records.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use thiserror::Error;
 
 use super::ballot::{Accepted, Answer, Refusal, Request, Term, Versioned};
+use super::peers::HolderGroup;
 use crate::id::{Epoch, KeyspaceId, StoreId};
 
 /// Why a record is not proposed; nothing was changed.
@@ -27,6 +29,8 @@ pub enum ProposeError {
     OtherEpoch { expected: Epoch, found: Epoch },
     #[error("epoch {proposed} does not follow epoch {expected}")]
     Gap { expected: Epoch, proposed: Epoch },
+    #[error("the group of holders changes by one store at a time")]
+    NotOneStore,
 }
 
 /// What an answer changes beyond the count of votes.
@@ -46,19 +50,39 @@ pub enum Progress {
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Proposer<R> {
-    holders: BTreeSet<StoreId>,
-    quorum: usize,
+    group: Group<R>,
+    /// Enough votes, whatever a majority is; only a test sets it.
+    quorum_max: usize,
     life: u64,
     /// The highest term number that was heard of.
     highest: u64,
     phase: Phase<R>,
 }
 
+/// Whose majority decides, as far as it is known before a term is taken.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+enum Group<R> {
+    Fixed(BTreeSet<StoreId>),
+    /// The newest that some store says it has accepted; none: there is no group yet.
+    Heard(Option<Accepted<R>>),
+}
+
+/// How a cluster without a group gets one.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Formation<R> {
+    /// All of them must promise: every store that could have a record that nobody else has.
+    pub electors: BTreeSet<StoreId>,
+    /// The group; all of its members must keep all records and then it.
+    pub group: R,
+    /// It is asked for the group before the others, so that of two masters that form one at the same time the second finds the first's.
+    pub first: StoreId,
+}
+
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 enum Phase<R> {
     Standby,
-    Preparing { term: Term, promised: BTreeMap<StoreId, Vec<Accepted<R>>> },
-    Leading { term: Term, registers: BTreeMap<KeyspaceId, Register<R>> },
+    Preparing { term: Term, forming: Option<Formation<R>>, promised: BTreeMap<StoreId, Vec<Accepted<R>>> },
+    Leading { term: Term, registers: BTreeMap<KeyspaceId, Register<R>>, voters: Voters },
 }
 
 /// The newest version that this term has for one keyspace.
@@ -68,11 +92,69 @@ struct Register<R> {
     voted: BTreeSet<StoreId>,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+enum Voters {
+    Group(BTreeSet<StoreId>),
+    /// The new group is not chosen yet.
+    Changing {
+        old: BTreeSet<StoreId>,
+        new: BTreeSet<StoreId>,
+    },
+    /// The first group is not chosen yet: all must agree.
+    Forming {
+        members: BTreeSet<StoreId>,
+        first: StoreId,
+    },
+}
+
+impl Voters {
+    fn contains(&self, store: StoreId) -> bool {
+        match self {
+            Self::Group(members) | Self::Forming { members, .. } => members.contains(&store),
+            Self::Changing { old, new } => old.contains(&store) || new.contains(&store),
+        }
+    }
+
+    fn have_chosen(&self, voted: &BTreeSet<StoreId>, quorum_max: usize) -> bool {
+        match self {
+            Self::Group(members) => is_majority(members, voted, quorum_max),
+            Self::Changing { old, new } => is_majority(old, voted, quorum_max) && is_majority(new, voted, quorum_max),
+            Self::Forming { members, .. } => members.is_subset(voted),
+        }
+    }
+}
+
+fn is_majority(members: &BTreeSet<StoreId>, voted: &BTreeSet<StoreId>, quorum_max: usize) -> bool {
+    members.intersection(voted).count() >= (members.len() / 2 + 1).min(quorum_max)
+}
+
 impl<R: Versioned> Proposer<R> {
-    /// `life` is drawn at random by each start of a master.
+    /// Of a group that never changes. `life` is drawn at random by each start of a master.
     pub fn new(holders: BTreeSet<StoreId>, life: u64) -> Self {
-        let quorum = holders.len() / 2 + 1;
-        Self { holders, quorum, life, highest: 0, phase: Phase::Standby }
+        Self { group: Group::Fixed(holders), quorum_max: usize::MAX, life, highest: 0, phase: Phase::Standby }
+    }
+
+    /// Of a group that stores tell.
+    pub fn of_cluster(life: u64) -> Self {
+        Self { group: Group::Heard(None), quorum_max: usize::MAX, life, highest: 0, phase: Phase::Standby }
+    }
+
+    /// Takes note of a group that a store has accepted.
+    pub fn hear_group(&mut self, accepted: Accepted<R>) {
+        if let Group::Heard(known) = &mut self.group
+            && accepted.record.group().is_some()
+            && known.as_ref().is_none_or(|known| known.position() < accepted.position())
+        {
+            *known = Some(accepted);
+        }
+    }
+
+    /// The group that was heard of last, whether it is in force or not.
+    pub fn heard_group(&self) -> Option<&HolderGroup> {
+        match &self.group {
+            Group::Fixed(_) | Group::Heard(None) => None,
+            Group::Heard(Some(accepted)) => accepted.record.group(),
+        }
     }
 
     /// The term under which this master asks or leads.
@@ -90,30 +172,78 @@ impl<R: Versioned> Proposer<R> {
         }
     }
 
+    /// Whether the first group of the cluster is not chosen yet.
+    pub fn is_forming(&self) -> bool {
+        match &self.phase {
+            Phase::Standby => false,
+            Phase::Preparing { forming, .. } => forming.is_some(),
+            Phase::Leading { voters: Voters::Forming { .. }, .. } => true,
+            Phase::Leading { voters: Voters::Group(_) | Voters::Changing { .. }, .. } => false,
+        }
+    }
+
+    /// The holders that have not voted for the newest version of a record.
+    pub fn awaited(&self, keyspace: KeyspaceId) -> BTreeSet<StoreId> {
+        let Phase::Leading { registers, voters, .. } = &self.phase else { return BTreeSet::new() };
+        let members: BTreeSet<StoreId> = match voters {
+            Voters::Group(members) | Voters::Forming { members, .. } => members.clone(),
+            Voters::Changing { old, new } => old.union(new).copied().collect(),
+        };
+        match registers.get(&keyspace) {
+            Some(register) => members.difference(&register.voted).copied().collect(),
+            None => members,
+        }
+    }
+
     /// The record that a majority has accepted under this term, while no later version is under way.
     pub fn chosen(&self, keyspace: KeyspaceId) -> Option<&R> {
-        match &self.phase {
-            Phase::Leading { registers, .. } => {
-                registers.get(&keyspace).filter(|register| register.voted.len() >= self.quorum).map(|it| &it.record)
-            }
-            Phase::Standby | Phase::Preparing { .. } => None,
-        }
+        self.registers()
+            .find(|(record, is_chosen)| *is_chosen && record.keyspace() == keyspace)
+            .map(|(record, _)| record)
+    }
+
+    /// The newest version of everything under this term, and whether it is chosen.
+    pub fn registers(&self) -> impl Iterator<Item = (&R, bool)> {
+        let (registers, voters) = match &self.phase {
+            Phase::Leading { registers, voters, .. } => (Some(registers), Some(voters)),
+            Phase::Standby | Phase::Preparing { .. } => (None, None),
+        };
+        let quorum_max = self.quorum_max;
+        let is_chosen =
+            move |register: &Register<R>| voters.is_some_and(|voters| voters.have_chosen(&register.voted, quorum_max));
+        registers.into_iter().flatten().map(move |(_, register)| (&register.record, is_chosen(register)))
     }
 
     /// Asks for a term above all that this master has heard of. When is not decided here: after the leader's silence and a pause drawn at
     /// random, else two masters could overrule each other for ever.
     pub fn campaign(&mut self) -> Term {
+        self.ask(None)
+    }
+
+    /// Asks for a term in a cluster that has no group. If a group is found on the way, that one is taken.
+    pub fn form(&mut self, formation: Formation<R>) -> Term {
+        self.ask(Some(formation))
+    }
+
+    fn ask(&mut self, forming: Option<Formation<R>>) -> Term {
         self.highest += 1;
         let term = Term { number: self.highest, life: self.life };
-        self.phase = Phase::Preparing { term, promised: BTreeMap::new() };
+        self.phase = Phase::Preparing { term, forming, promised: BTreeMap::new() };
         term
+    }
+
+    /// Gives the term up, to ask for a later one.
+    pub fn stand_by(&mut self) {
+        self.phase = Phase::Standby;
     }
 
     /// Changes a keyspace from the epoch that whoever asks has seen, or makes it if there is none (`expected` is 0 then).
     pub fn propose(&mut self, expected: Epoch, record: R) -> Result<(), ProposeError> {
-        let Phase::Leading { registers, .. } = &mut self.phase else { return Err(ProposeError::NotLeading) };
+        let quorum_max = self.quorum_max;
+        let Phase::Leading { registers, voters, .. } = &mut self.phase else { return Err(ProposeError::NotLeading) };
+        let is_chosen = |register: &Register<R>| voters.have_chosen(&register.voted, quorum_max);
         let found = match registers.get(&record.keyspace()) {
-            Some(register) if register.voted.len() < self.quorum => return Err(ProposeError::Busy),
+            Some(register) if !is_chosen(register) => return Err(ProposeError::Busy),
             Some(register) => register.record.epoch(),
             None => Epoch(0),
         };
@@ -121,8 +251,19 @@ impl<R: Versioned> Proposer<R> {
             return Err(ProposeError::OtherEpoch { expected, found });
         }
         let proposed = record.epoch();
-        if proposed.0 != expected.0 + 1 {
+        if proposed <= expected {
             return Err(ProposeError::Gap { expected, proposed });
+        }
+        if let Some(group) = record.group() {
+            let Voters::Group(old) = &*voters else { return Err(ProposeError::Busy) };
+            if old.symmetric_difference(&group.members).count() != 1 || group.members.is_empty() {
+                return Err(ProposeError::NotOneStore);
+            }
+            // A majority of the new group then has a store that keeps each.
+            if !registers.values().all(is_chosen) {
+                return Err(ProposeError::Busy);
+            }
+            *voters = Voters::Changing { old: old.clone(), new: group.members.clone() };
         }
         registers.insert(record.keyspace(), Register { record, voted: BTreeSet::new() });
         Ok(())
@@ -132,21 +273,57 @@ impl<R: Versioned> Proposer<R> {
     pub fn requests(&self, holder: StoreId) -> Vec<Request<R>> {
         match &self.phase {
             Phase::Standby => Vec::new(),
-            Phase::Preparing { promised, .. } if promised.contains_key(&holder) => Vec::new(),
-            Phase::Preparing { term, .. } => vec![Request::Prepare { term: *term }],
-            Phase::Leading { term, registers } => registers
-                .values()
-                .filter(|register| !register.voted.contains(&holder))
-                .map(|register| Request::Accept(Accepted { term: *term, record: register.record.clone() }))
-                .collect(),
+            Phase::Preparing { term, promised, forming } => {
+                if promised.contains_key(&holder) || !self.is_asked(holder, promised, forming.as_ref()) {
+                    return Vec::new();
+                }
+                vec![Request::Prepare { term: *term }]
+            }
+            Phase::Leading { term, registers, voters } => {
+                if !voters.contains(holder) {
+                    return Vec::new();
+                }
+                let is_due = |register: &&Register<R>| {
+                    let Voters::Forming { members, first } = voters else { return true };
+                    let is_group = register.record.group().is_some();
+                    let others =
+                        |other: &Register<R>| other.record.group().is_some() || members.is_subset(&other.voted);
+                    !is_group || registers.values().all(others) && (holder == *first || register.voted.contains(first))
+                };
+                let unanswered = registers.values().filter(|register| !register.voted.contains(&holder)).filter(is_due);
+                unanswered
+                    .map(|register| Request::Accept(Accepted { term: *term, record: register.record.clone() }))
+                    .collect()
+            }
         }
+    }
+
+    fn is_asked(
+        &self,
+        store: StoreId,
+        promised: &BTreeMap<StoreId, Vec<Accepted<R>>>,
+        forming: Option<&Formation<R>>,
+    ) -> bool {
+        match (&self.group, self.newest_group(promised), forming) {
+            (Group::Fixed(holders), _, _) => holders.contains(&store),
+            (Group::Heard(_), Some(group), _) => members(group).is_some_and(|members| members.contains(&store)),
+            (Group::Heard(_), None, Some(formation)) => formation.electors.contains(&store),
+            (Group::Heard(_), None, None) => false,
+        }
+    }
+
+    /// By term and version, of all that was heard; it may not be chosen, but then it is completed.
+    fn newest_group<'a>(&'a self, promised: &'a BTreeMap<StoreId, Vec<Accepted<R>>>) -> Option<&'a Accepted<R>> {
+        let heard = match &self.group {
+            Group::Fixed(_) => None,
+            Group::Heard(heard) => heard.as_ref(),
+        };
+        let accepted = promised.values().flatten().filter(|accepted| accepted.record.group().is_some());
+        accepted.chain(heard).max_by_key(|accepted| accepted.position())
     }
 
     /// Takes in what a store says. One that is not in the group has no vote; a blank one with a new id is such.
     pub fn hear(&mut self, from: StoreId, answer: Result<Answer<R>, Refusal>) -> Progress {
-        if !self.holders.contains(&from) {
-            return Progress::Nothing;
-        }
         match answer {
             Ok(Answer::Promised { term, accepted }) => self.hear_promise(from, term, accepted),
             Ok(Answer::Voted { term, keyspace, epoch }) => self.hear_vote(from, term, keyspace, epoch),
@@ -169,43 +346,77 @@ impl<R: Versioned> Proposer<R> {
     }
 
     fn hear_promise(&mut self, from: StoreId, of: Term, accepted: Vec<Accepted<R>>) -> Progress {
-        let Phase::Preparing { term, promised } = &mut self.phase else { return Progress::Nothing };
+        let Phase::Preparing { term, forming, promised } = &mut self.phase else { return Progress::Nothing };
         if *term != of {
             return Progress::Nothing;
         }
         promised.insert(from, accepted);
-        if promised.len() < self.quorum {
+        let (promised, forming) = (std::mem::take(promised), forming.take());
+        let voters = self.voters(&promised, forming.as_ref());
+        let Some(voters) = voters else {
+            self.phase = Phase::Preparing { term: of, forming, promised };
             return Progress::Nothing;
-        }
+        };
+        let group = self.newest_group(&promised).cloned();
         let mut newest: BTreeMap<KeyspaceId, Accepted<R>> = BTreeMap::new();
-        for accepted in std::mem::take(promised).into_values().flatten() {
+        for accepted in promised.into_values().flatten().chain(group) {
             let keyspace = accepted.record.keyspace();
             if newest.get(&keyspace).is_none_or(|known| known.position() < accepted.position()) {
                 newest.insert(keyspace, accepted);
             }
         }
         // A vote under an earlier term does not count: it is written again under this one.
-        let register = |it: Accepted<R>| Register { record: it.record, voted: BTreeSet::new() };
-        let registers = newest.into_iter().map(|(keyspace, accepted)| (keyspace, register(accepted))).collect();
-        self.phase = Phase::Leading { term: of, registers };
+        let register = |record: R| (record.keyspace(), Register { record, voted: BTreeSet::new() });
+        let mut registers: BTreeMap<_, _> = newest.into_values().map(|accepted| register(accepted.record)).collect();
+        if let (Voters::Forming { .. }, Some(formation)) = (&voters, forming) {
+            registers.extend([register(formation.group)]);
+        }
+        self.phase = Phase::Leading { term: of, registers, voters };
         Progress::Leads(of)
     }
 
-    fn hear_vote(&mut self, from: StoreId, of: Term, keyspace: KeyspaceId, epoch: Epoch) -> Progress {
-        let Phase::Leading { term, registers } = &mut self.phase else { return Progress::Nothing };
-        let register = registers.get_mut(&keyspace).filter(|register| register.record.epoch() == epoch);
-        let Some(register) = register.filter(|_| *term == of) else { return Progress::Nothing };
-        let is_new = register.voted.insert(from);
-        if is_new && register.voted.len() == self.quorum {
-            return Progress::Chosen(keyspace, epoch);
+    /// Who votes from now on, if enough have promised.
+    fn voters(&self, promised: &BTreeMap<StoreId, Vec<Accepted<R>>>, forming: Option<&Formation<R>>) -> Option<Voters> {
+        let stores: BTreeSet<StoreId> = promised.keys().copied().collect();
+        let group = match &self.group {
+            Group::Fixed(holders) => Some(holders),
+            Group::Heard(_) => self.newest_group(promised).and_then(members),
+        };
+        match (group, forming) {
+            (Some(members), _) => {
+                is_majority(members, &stores, self.quorum_max).then(|| Voters::Group(members.clone()))
+            }
+            (None, Some(formation)) => {
+                let members = formation.group.group()?.members.clone();
+                let all = formation.electors.union(&members).all(|store| stores.contains(store));
+                all.then_some(Voters::Forming { members, first: formation.first })
+            }
+            (None, None) => None,
         }
-        Progress::Nothing
+    }
+
+    fn hear_vote(&mut self, from: StoreId, of: Term, keyspace: KeyspaceId, epoch: Epoch) -> Progress {
+        let quorum_max = self.quorum_max;
+        let Phase::Leading { term, registers, voters } = &mut self.phase else { return Progress::Nothing };
+        let register = registers.get_mut(&keyspace).filter(|register| register.record.epoch() == epoch);
+        let Some(register) = register.filter(|_| *term == of && voters.contains(from)) else {
+            return Progress::Nothing;
+        };
+        let was_chosen = voters.have_chosen(&register.voted, quorum_max);
+        register.voted.insert(from);
+        if was_chosen || !voters.have_chosen(&register.voted, quorum_max) {
+            return Progress::Nothing;
+        }
+        if let Some(group) = register.record.group() {
+            *voters = Voters::Group(group.members.clone());
+        }
+        Progress::Chosen(keyspace, epoch)
     }
 
     /// A proposer that is content with fewer holders, to show what a majority is good for.
     #[cfg(test)]
     pub(super) fn with_quorum(self, quorum: usize) -> Self {
-        Self { quorum, ..self }
+        Self { quorum_max: quorum, ..self }
     }
 
     /// A leader that does not care what was accepted before, to show what adopting is good for.
@@ -215,4 +426,8 @@ impl<R: Versioned> Proposer<R> {
             registers.clear();
         }
     }
+}
+
+fn members<R: Versioned>(accepted: &Accepted<R>) -> Option<&BTreeSet<StoreId>> {
+    accepted.record.group().map(|group| &group.members)
 }

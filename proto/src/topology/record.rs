@@ -4,6 +4,7 @@ use super::settings::Settings;
 use crate::id::{Epoch, KeyspaceId, ShardId, StoreId};
 use crate::pb;
 use crate::slot::SHARD_COUNT_MAX;
+use std::collections::BTreeSet;
 use thiserror::Error;
 
 /// Longest name of a keyspace in bytes.
@@ -35,8 +36,60 @@ const DROPPED_EPOCHS: u64 = 1 << 32;
 pub struct ShardRecord {
     /// Grows with every change of who may serve the shard.
     pub epoch: Epoch,
+    /// [`NOBODY`]: the shard is vacant, and its copies take part in nothing of an earlier epoch any more.
     pub primary: StoreId,
+    /// They count for acknowledgements. While the shard is vacant the last of them is the primary before.
     pub replicas: Vec<StoreId>,
+    /// Copies that are being made: they follow, and neither count for acknowledgements nor can be chosen.
+    pub learners: Vec<StoreId>,
+    /// The primary before, from which the new one first takes the end of its log; [`NOBODY`]: from nobody.
+    pub previous: StoreId,
+    /// Copies (replicas, or learners that have been replicas) that may alone have something that was acknowledged: nobody is chosen
+    /// before each of them was heard. Names the copies while one of them leaves, or while more of them must begin to have everything.
+    pub witnesses: Vec<StoreId>,
+}
+
+/// Copies of one shard, those included that come and go: far more than anybody needs, few enough to list.
+pub const COPIES_MAX: usize = 64;
+
+/// No store has this id.
+pub const NOBODY: StoreId = StoreId(0);
+
+impl ShardRecord {
+    pub fn new(epoch: Epoch, primary: StoreId, replicas: Vec<StoreId>) -> Self {
+        Self { epoch, primary, replicas, learners: Vec::new(), previous: NOBODY, witnesses: Vec::new() }
+    }
+
+    pub fn is_vacant(&self) -> bool {
+        self.primary == NOBODY
+    }
+
+    /// Every store that holds or gets a copy, the primary first.
+    pub fn copies(&self) -> impl Iterator<Item = StoreId> {
+        let primary = Some(self.primary).filter(|primary| *primary != NOBODY);
+        primary.into_iter().chain(self.replicas.iter().copied()).chain(self.learners.iter().copied())
+    }
+
+    /// What cannot be true of it.
+    fn fault(&self) -> Option<&'static str> {
+        let copies: BTreeSet<StoreId> = self.copies().collect();
+        let holds = |store: &StoreId| copies.contains(store);
+        if self.copies().count() > copies.len() {
+            Some("names a store twice")
+        } else if copies.len() > COPIES_MAX {
+            Some("has more than 64 copies")
+        } else if copies.is_empty() || self.is_vacant() && self.replicas.is_empty() {
+            Some("has no copy")
+        } else if holds(&NOBODY) {
+            Some("has a copy on store 0, which does not exist")
+        } else if self.previous != NOBODY && self.previous == self.primary {
+            Some("goes from a store to the same store")
+        } else if !self.witnesses.iter().all(holds) {
+            Some("has a witness without a copy")
+        } else {
+            None
+        }
+    }
 }
 
 /// A received record that cannot be true.
@@ -51,26 +104,41 @@ pub enum RecordError {
     /// A later version may know it.
     #[error("setting {name} has the unknown value {code}")]
     Setting { name: &'static str, code: i32 },
+    #[error("shard {shard} {fault}")]
+    Shard { shard: ShardId, fault: &'static str },
+    #[error("a shard has 1 to {COPIES_MAX} copies, not {0}")]
+    Copies(u32),
 }
 
 impl KeyspaceRecord {
     /// The first record of a new keyspace.
     pub fn new(id: KeyspaceId, name: &str, primaries: &[StoreId]) -> Result<Self, RecordError> {
-        let shards = primaries
-            .iter()
-            .map(|primary| ShardRecord { epoch: Epoch(1), primary: *primary, replicas: Vec::new() })
-            .collect();
+        let shards = primaries.iter().map(|primary| ShardRecord::new(Epoch(1), *primary, Vec::new())).collect();
         let settings = Settings::default();
         let record = Self { id, name: name.to_owned(), epoch: Epoch(1), copies: 1, shards, settings, dropped: false };
         record.validate()?;
         Ok(record)
     }
 
-    fn validate(&self) -> Result<(), RecordError> {
+    /// Whether it can be true.
+    pub fn validate(&self) -> Result<(), RecordError> {
         if self.shards.is_empty() || self.shards.len() > usize::from(SHARD_COUNT_MAX) {
             return Err(RecordError::ShardCount(self.shards.len()));
         }
-        validate_name(&self.name)
+        validate_name(&self.name)?;
+        // Of a dropped keyspace only the id matters, and who has to delete something.
+        if self.dropped {
+            return Ok(());
+        }
+        if self.copies as usize > COPIES_MAX {
+            return Err(RecordError::Copies(self.copies));
+        }
+        for (shard, record) in self.shards.iter().enumerate() {
+            if let Some(fault) = record.fault() {
+                return Err(RecordError::Shard { shard: ShardId(shard as u16), fault });
+            }
+        }
+        Ok(())
     }
 
     /// The next version of the record with other settings. The shards' epochs stay, so no request in flight is refused.
@@ -88,6 +156,13 @@ impl KeyspaceRecord {
     /// the same whatever it was before.
     pub fn contradicts(&self, other: &Self) -> bool {
         self.epoch == other.epoch && self != other && !(self.dropped && other.dropped)
+    }
+
+    /// The shards of which a store holds or gets a copy, in whatever role; none of a dropped keyspace.
+    pub fn copies_of(&self, store: StoreId) -> impl Iterator<Item = (ShardId, &ShardRecord)> {
+        let has_copy = move |shard: &ShardRecord| shard.copies().any(|copy| copy == store);
+        let shards = self.shards.iter().enumerate().filter(move |(_, shard)| !self.dropped && has_copy(shard));
+        shards.map(|(number, shard)| (ShardId(number as u16), shard))
     }
 
     pub fn shard_count(&self) -> u16 {
@@ -116,6 +191,9 @@ impl From<&KeyspaceRecord> for pb::KeyspaceRecord {
             epoch: shard.epoch.0,
             primary: shard.primary.0,
             replicas: shard.replicas.iter().map(|store| store.0).collect(),
+            learners: shard.learners.iter().map(|store| store.0).collect(),
+            previous: shard.previous.0,
+            witnesses: shard.witnesses.iter().map(|store| store.0).collect(),
         };
         Self {
             keyspace_id: record.id.0,
@@ -137,6 +215,9 @@ impl TryFrom<pb::KeyspaceRecord> for KeyspaceRecord {
             epoch: Epoch(shard.epoch),
             primary: StoreId(shard.primary),
             replicas: shard.replicas.into_iter().map(StoreId).collect(),
+            learners: shard.learners.into_iter().map(StoreId).collect(),
+            previous: StoreId(shard.previous),
+            witnesses: shard.witnesses.into_iter().map(StoreId).collect(),
         };
         let record = Self {
             id: KeyspaceId(message.keyspace_id),
@@ -166,7 +247,7 @@ mod tests {
         assert_eq!(record.shards_of(StoreId(9)).map(|(shard, _)| shard).collect::<Vec<_>>(), [ShardId(1)]);
         let older = pb::KeyspaceRecord { settings: None, ..message.clone() };
         assert_eq!(KeyspaceRecord::try_from(older), Ok(record.clone()));
-        let altered = record.with_settings(Settings { fsync: Some(Fsync::Always) });
+        let altered = record.with_settings(Settings { fsync: Some(Fsync::Always), ..Settings::default() });
         assert_eq!((altered.epoch, altered.shards.clone()), (Epoch(2), record.shards.clone()));
         assert_eq!(KeyspaceRecord::try_from(pb::KeyspaceRecord::from(&altered)), Ok(altered.clone()));
         let dropped = altered.as_dropped();
@@ -176,8 +257,46 @@ mod tests {
         assert!(record.as_dropped().epoch > altered.epoch);
         assert!(!record.as_dropped().contradicts(&KeyspaceRecord { copies: 2, ..record.as_dropped() }));
         assert!(record.contradicts(&KeyspaceRecord { copies: 2, ..record.clone() }));
+        let mut copied = record.clone();
+        copied.copies = 3;
+        copied.shards[0].replicas = vec![StoreId(8), StoreId(9)];
+        copied.shards[0].learners = vec![StoreId(4)];
+        copied.shards[0].previous = StoreId(8);
+        copied.shards[0].witnesses = vec![StoreId(4)];
+        assert_eq!(KeyspaceRecord::try_from(pb::KeyspaceRecord::from(&copied)), Ok(copied.clone()));
         let empty = pb::KeyspaceRecord { shards: Vec::new(), ..message };
         assert_eq!(KeyspaceRecord::try_from(empty), Err(RecordError::ShardCount(0)));
         assert!(KeyspaceRecord::new(KeyspaceId(1), "no spaces", &[StoreId(1)]).is_err());
+    }
+
+    #[test]
+    fn a_shard_that_cannot_be_is_refused() {
+        let good = ShardRecord {
+            learners: vec![StoreId(4)],
+            previous: StoreId(2),
+            witnesses: vec![StoreId(4), StoreId(3)],
+            ..ShardRecord::new(Epoch(5), StoreId(1), vec![StoreId(2), StoreId(3)])
+        };
+        let fault = |change: fn(&mut ShardRecord)| {
+            let mut shard = good.clone();
+            change(&mut shard);
+            let mut record = KeyspaceRecord::new(KeyspaceId(1), "a", &[StoreId(1), StoreId(2)]).unwrap();
+            record.shards[1] = shard;
+            let dropped = record.as_dropped();
+            assert_eq!(KeyspaceRecord::try_from(pb::KeyspaceRecord::from(&dropped)), Ok(dropped));
+            KeyspaceRecord::try_from(pb::KeyspaceRecord::from(&record)).err().map(|error| error.to_string())
+        };
+        assert_eq!(fault(|_| {}), None);
+        assert_eq!(fault(|shard| shard.primary = NOBODY), None, "a vacant shard");
+        let refused = |change, text: &str| assert_eq!(fault(change), Some(format!("shard 1 {text}")));
+        refused(|shard| shard.replicas[0] = StoreId(1), "names a store twice");
+        refused(|shard| shard.learners = vec![StoreId(3)], "names a store twice");
+        refused(|shard| shard.learners = (10..80).map(StoreId).collect(), "has more than 64 copies");
+        refused(|shard| *shard = ShardRecord::new(Epoch(5), NOBODY, Vec::new()), "has no copy");
+        refused(|shard| shard.replicas[1] = NOBODY, "has a copy on store 0, which does not exist");
+        refused(|shard| shard.previous = StoreId(1), "goes from a store to the same store");
+        refused(|shard| shard.witnesses = vec![StoreId(9)], "has a witness without a copy");
+        let many = KeyspaceRecord { copies: 65, ..KeyspaceRecord::new(KeyspaceId(1), "a", &[StoreId(1)]).unwrap() };
+        assert_eq!(many.validate().unwrap_err().to_string(), "a shard has 1 to 64 copies, not 65");
     }
 }

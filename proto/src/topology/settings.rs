@@ -67,18 +67,36 @@ impl fmt::Display for Fsync {
 pub struct Settings {
     /// `None`: each store's own option holds.
     pub fsync: Option<Fsync>,
+    /// Replicas that must have applied a write before it is acknowledged. `None`: 0.
+    pub min_replicas: Option<u32>,
+    /// Whether a primary without a lease stops serving. `None`: yes.
+    pub strict: Option<bool>,
 }
 
 impl Settings {
     /// These settings with what `changes` names changed.
     pub fn changed_by(&self, changes: &Settings) -> Self {
-        Self { fsync: changes.fsync.or(self.fsync) }
+        Self {
+            fsync: changes.fsync.or(self.fsync),
+            min_replicas: changes.min_replicas.or(self.min_replicas),
+            strict: changes.strict.or(self.strict),
+        }
+    }
+
+    /// Replicas that must have applied a write before it is acknowledged.
+    pub fn min_replicas(&self) -> u32 {
+        self.min_replicas.unwrap_or(0)
+    }
+
+    /// Whether a primary without a lease stops serving.
+    pub fn strict(&self) -> bool {
+        self.strict.unwrap_or(true)
     }
 }
 
 impl From<&Settings> for pb::KeyspaceSettings {
     fn from(settings: &Settings) -> Self {
-        Self { fsync: Fsync::code(settings.fsync) }
+        Self { fsync: Fsync::code(settings.fsync), min_replicas: settings.min_replicas, strict: settings.strict }
     }
 }
 
@@ -86,7 +104,8 @@ impl TryFrom<pb::KeyspaceSettings> for Settings {
     type Error = RecordError;
 
     fn try_from(message: pb::KeyspaceSettings) -> Result<Self, RecordError> {
-        Ok(Self { fsync: Fsync::from_code(message.fsync)? })
+        let fsync = Fsync::from_code(message.fsync)?;
+        Ok(Self { fsync, min_replicas: message.min_replicas, strict: message.strict })
     }
 }
 
@@ -97,16 +116,16 @@ mod tests {
     #[test]
     fn settings_round_trip_and_an_unknown_value_is_refused() {
         for fsync in Fsync::ALL.into_iter().map(Some).chain([None]) {
-            let settings = Settings { fsync };
+            let settings = Settings { fsync, min_replicas: Some(2), strict: Some(false) };
             assert_eq!(Settings::try_from(pb::KeyspaceSettings::from(&settings)), Ok(settings));
         }
-        let later = pb::KeyspaceSettings { fsync: 9 };
+        let later = pb::KeyspaceSettings { fsync: 9, ..Default::default() };
         assert_eq!(Settings::try_from(later), Err(RecordError::Setting { name: "fsync", code: 9 }));
     }
 
     #[test]
     fn a_change_leaves_alone_what_it_does_not_name() {
-        let always = Settings { fsync: Some(Fsync::Always) };
+        let always = Settings { fsync: Some(Fsync::Always), ..Settings::default() };
         assert_eq!(always.changed_by(&Settings::default()), always);
         assert_eq!(Settings::default().changed_by(&always), always);
         assert_eq!(Fsync::from_word(b"EverySec"), Some(Fsync::EverySecond));

@@ -1,5 +1,6 @@
 //! A snapshot of the whole cluster, as the master streams it to gateways.
 
+use super::peers::HolderGroup;
 use super::record::{KeyspaceRecord, RecordError, ShardRecord};
 use super::settings::Fsync;
 use crate::id::{ClusterId, KeyspaceId, StoreId};
@@ -21,6 +22,19 @@ pub struct StoreInfo {
     pub tags: Vec<String>,
 }
 
+/// Who may change records, as far as the master knows that says so.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Leadership {
+    /// 0 = nobody leads.
+    pub term: u64,
+    pub address: String,
+    /// Whether the master that says so leads itself.
+    pub is_own: bool,
+    /// Masters that stand by.
+    pub standbys: Vec<String>,
+    pub group: HolderGroup,
+}
+
 /// The cluster at one moment.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Snapshot {
@@ -33,6 +47,7 @@ pub struct Snapshot {
     pub waiting_for: String,
     /// Keyspaces that were dropped: what is neither here nor among `keyspaces` is only not known (yet).
     pub dropped: BTreeSet<KeyspaceId>,
+    pub leadership: Leadership,
 }
 
 impl Snapshot {
@@ -62,6 +77,30 @@ impl Snapshot {
     }
 }
 
+impl From<&Leadership> for pb::Leadership {
+    fn from(leadership: &Leadership) -> Self {
+        Self {
+            term: leadership.term,
+            address: leadership.address.clone(),
+            is_own: leadership.is_own,
+            standbys: leadership.standbys.clone(),
+            group: Some((&leadership.group).into()),
+        }
+    }
+}
+
+impl From<pb::Leadership> for Leadership {
+    fn from(message: pb::Leadership) -> Self {
+        Self {
+            term: message.term,
+            address: message.address,
+            is_own: message.is_own,
+            standbys: message.standbys,
+            group: message.group.map(Into::into).unwrap_or_default(),
+        }
+    }
+}
+
 impl From<&Snapshot> for pb::Topology {
     fn from(snapshot: &Snapshot) -> Self {
         let store = |store: &StoreInfo| pb::StoreInfo {
@@ -80,6 +119,7 @@ impl From<&Snapshot> for pb::Topology {
             keyspaces: snapshot.keyspaces.iter().map(Into::into).collect(),
             waiting_for: snapshot.waiting_for.clone(),
             dropped: snapshot.dropped.iter().map(|keyspace| keyspace.0).collect(),
+            leadership: Some((&snapshot.leadership).into()),
         }
     }
 }
@@ -106,6 +146,7 @@ impl TryFrom<pb::Topology> for Snapshot {
             keyspaces: message.keyspaces.into_iter().map(TryInto::try_into).collect::<Result<_, _>>()?,
             waiting_for: message.waiting_for,
             dropped: message.dropped.into_iter().map(KeyspaceId).collect(),
+            leadership: message.leadership.map(Into::into).unwrap_or_default(),
         })
     }
 }
@@ -133,9 +174,17 @@ mod tests {
         assert_eq!(snapshot(always, always).fsync(&record), Fsync::Always);
         assert_eq!(snapshot(always, never).fsync(&record), Fsync::Never);
         assert_eq!(snapshot(always, None).fsync(&record), Fsync::EverySecond);
-        let record = record.with_settings(Settings { fsync: always });
+        let record = record.with_settings(Settings { fsync: always, ..Settings::default() });
         assert_eq!(snapshot(never, never).fsync(&record), Fsync::Always);
-        let sent = Snapshot { dropped: [KeyspaceId(7)].into(), ..snapshot(always, None) };
+        let group = HolderGroup { version: 2, members: [StoreId(1)].into() };
+        let leadership = Leadership {
+            term: 3,
+            address: "one:1".to_owned(),
+            is_own: true,
+            standbys: vec!["two:1".to_owned()],
+            group,
+        };
+        let sent = Snapshot { dropped: [KeyspaceId(7)].into(), leadership, ..snapshot(always, None) };
         assert_eq!(Snapshot::try_from(pb::Topology::from(&sent)), Ok(sent));
     }
 }

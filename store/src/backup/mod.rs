@@ -238,7 +238,12 @@ fn all_served(map: &ShardMap) -> Result<Vec<Arc<Shard>>, BackupError> {
             Some(Entry::Closing(text) | Entry::Failed(text)) => Err(not_served(text)),
         }
     };
-    keys.into_iter().map(served).collect()
+    // A replica is backed up by its primary's store.
+    let is_replica = |shard: ShardKey| match map.entry(shard) {
+        Some(Entry::Serving(open)) => open.replication.is_replica(),
+        Some(Entry::Opening | Entry::Closing(_) | Entry::Failed(_)) | None => false,
+    };
+    keys.into_iter().filter(|key| !is_replica(*key)).map(served).collect()
 }
 
 fn at(path: &Path) -> impl FnOnce(io::Error) -> BackupError + use<> {

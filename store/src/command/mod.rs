@@ -12,6 +12,7 @@ pub mod glob;
 mod keyspace;
 mod lcs;
 mod random;
+mod replication;
 mod source;
 mod string;
 mod transaction;

@@ -44,7 +44,12 @@ const fn crc_tables() -> [[u32; 256]; 8] {
 
 /// The CRC-32C of several parts in a row.
 pub fn crc32c(parts: &[&[u8]]) -> u32 {
-    let mut sum = u32::MAX;
+    extend(0, parts)
+}
+
+/// The CRC-32C of something with the checksum `sum` and more parts behind it; that of nothing is 0.
+pub fn extend(sum: u32, parts: &[&[u8]]) -> u32 {
+    let mut sum = !sum;
     for part in parts {
         let (chunks, rest) = part.as_chunks::<8>();
         for chunk in chunks {

@@ -1,7 +1,10 @@
 //! The database of one shard: its column families, reads from memory or disk, and batches of writes.
 
 use super::garbage::{Factory, Garbage, Rules};
-use super::{Engine, EngineError, Tier, compact_all_options, meta, synced_mark};
+use super::log_batch::Family;
+use super::tail::{Behind, Logged, Tail};
+use super::{Engine, EngineError, OldLogs, Tier, compact_all_options, meta, synced_mark};
+use parking_lot::Mutex;
 use rocksdb::checkpoint::Checkpoint;
 use rocksdb::properties;
 use rocksdb::{
@@ -12,10 +15,12 @@ use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 use std::fs::{self, File};
 use std::io;
-use std::ops::Range;
-use std::path::Path;
+use std::ops::{ControlFlow, Range};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+use vasto_proto::row::Stamp;
 
 /// The order fixes the column families' ids: 1, 2, 3 (0 is RocksDB's own, which stays empty).
 const KEYS: &str = "keys";
@@ -33,6 +38,9 @@ pub struct Database {
     probing_writes: WriteOptions,
     block_cache: Cache,
     synced: Synced,
+    tail: Tail,
+    old_logs: OldLogs,
+    keeps_files: Mutex<bool>,
 }
 
 /// How far the log is synced, by sequence numbers; 0 = not since the database was opened.
@@ -56,31 +64,73 @@ const BATCH_HEAD_BYTES: usize = 12;
 const BATCH_ROW_BYTES: usize = 12;
 
 const LOG_EXTENSION: &str = "log";
+/// Where RocksDB puts logs that it needs no more, below the database's folder.
+const ARCHIVE: &str = "archive";
+/// A batch takes microseconds to be written; a turn that takes longer waits for a memtable.
+const TURN_WAIT_MAX: Duration = Duration::from_millis(5);
 /// After a full disk RocksDB first writes out what its memtables hold: one that is full and then some.
 const ROOM_BYTES: u64 = 32 << 20;
 
 /// Writes that reach the log together or not at all.
 pub struct Writes<'d> {
     keys: &'d ColumnFamily,
+    elements: &'d ColumnFamily,
     meta: &'d ColumnFamily,
     batch: WriteBatch,
+    /// It changes what clients see.
+    has_rows: bool,
     /// What the batch says of how far the log is synced.
     synced: Option<u64>,
 }
 
 impl Writes<'_> {
     pub fn put_row(&mut self, physical_key: &[u8], row: &[u8]) {
+        self.has_rows = true;
         self.batch.put_cf(self.keys, physical_key, row);
     }
 
     pub fn put_meta(&mut self, name: &[u8], value: &[u8]) {
+        self.has_rows |= name == meta::FLUSH;
         self.batch.put_cf(self.meta, name, value);
+    }
+
+    /// As it was logged by another copy.
+    pub fn put(&mut self, family: Family, key: &[u8], value: &[u8]) {
+        match family {
+            Family::Keys => self.put_row(key, value),
+            Family::Elements => {
+                self.has_rows = true;
+                self.batch.put_cf(self.elements, key, value);
+            }
+            Family::Meta => self.put_meta(key, value),
+            Family::Default => {}
+        }
+    }
+
+    /// As it was logged by another copy.
+    pub fn delete(&mut self, family: Family, key: &[u8]) {
+        let family = match family {
+            Family::Keys => self.keys,
+            Family::Elements => self.elements,
+            Family::Meta => self.meta,
+            Family::Default => return,
+        };
+        self.has_rows = true;
+        self.batch.delete_cf(family, key);
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.batch.is_empty()
     }
 }
 
 impl Database {
-    pub fn open(engine: &Engine, path: &Path, rules: Rules) -> Result<Self, EngineError> {
+    pub fn open(engine: &Engine, path: &Path, rules: Rules, old_logs: OldLogs) -> Result<Self, EngineError> {
         super::log_files::check(path)?;
+        let options = match old_logs {
+            OldLogs::Deleted => &engine.database_options,
+            OldLogs::Archived => &engine.archiving_options,
+        };
         let garbage = Arc::new(Garbage::new(rules));
         let mut keys_options = engine.keys_options.clone();
         keys_options.set_compaction_filter_factory(Factory(Arc::clone(&garbage)));
@@ -90,7 +140,7 @@ impl Database {
             ColumnFamilyDescriptor::new(ELEMENTS, engine.small_options.clone()),
             ColumnFamilyDescriptor::new(META, engine.small_options.clone()),
         ];
-        let db = DB::open_cf_descriptors(&engine.database_options, path, families)
+        let db = DB::open_cf_descriptors(options, path, families)
             .map_err(|error| super::log_files::opening_error(path, error))?;
         let mut memory_reads = ReadOptions::default();
         memory_reads.set_read_tier(ReadTier::BlockCache);
@@ -112,6 +162,9 @@ impl Database {
             probing_writes,
             block_cache: engine.block_cache.clone(),
             synced: Synced::default(),
+            tail: Tail::default(),
+            old_logs,
+            keeps_files: Mutex::new(false),
         };
         database.take_format(path)?;
         database.garbage.arm();
@@ -208,7 +261,8 @@ impl Database {
         if let Some(sequence) = synced {
             batch.put_log_data(synced_mark::encode(sequence));
         }
-        Writes { keys: self.family(KEYS), meta: self.family(META), batch, synced }
+        let (keys, elements, meta) = (self.family(KEYS), self.family(ELEMENTS), self.family(META));
+        Writes { keys, elements, meta, batch, has_rows: false, synced }
     }
 
     /// Logs and applies the writes. [`Tier::Memory`]: refuses with [`EngineError::Stalled`] rather than waiting.
@@ -217,14 +271,152 @@ impl Database {
             Tier::Memory => &self.hasty_writes,
             Tier::Disk => &self.patient_writes,
         };
-        self.db.write_opt(writes.batch, options).map_err(|error| match (error.kind(), tier) {
-            (ErrorKind::Incomplete, Tier::Memory) => EngineError::Stalled,
-            _ => EngineError::from(error),
-        })?;
+        self.log(writes.batch, writes.has_rows, options, tier)?;
         if let Some(sequence) = writes.synced {
             self.synced.noted.fetch_max(sequence, Ordering::AcqRel);
         }
         Ok(())
+    }
+
+    /// As [`Database::write`]; synced when it returns.
+    pub fn write_synced(&self, writes: Writes<'_>) -> Result<(), EngineError> {
+        self.synced_by(|_| self.log(writes.batch, writes.has_rows, &self.synced_writes, Tier::Disk))?;
+        if let Some(sequence) = writes.synced {
+            self.synced.noted.fetch_max(sequence, Ordering::AcqRel);
+        }
+        Ok(())
+    }
+
+    /// The one place where batches enter the log, in turn if copies follow it.
+    fn log(&self, batch: WriteBatch, has_rows: bool, options: &WriteOptions, tier: Tier) -> Result<(), EngineError> {
+        let write = |batch| {
+            self.db.write_opt(batch, options).map_err(|error| match (error.kind(), tier) {
+                (ErrorKind::Incomplete, Tier::Memory) => EngineError::Stalled,
+                _ => EngineError::from(error),
+            })
+        };
+        if !self.tail.is_on() {
+            return write(batch);
+        }
+        let turn = match tier {
+            Tier::Memory => self.tail.ring.try_lock_for(TURN_WAIT_MAX),
+            Tier::Disk => Some(self.tail.ring.lock()),
+        };
+        let Some(mut ring) = turn else { return Err(EngineError::Stalled) };
+        let (data, count) = (batch.data().to_vec(), batch.len() as u64);
+        let before = self.sequence();
+        write(batch)?;
+        let last = self.sequence();
+        if last == before + count && count > 0 {
+            self.tail.wrote(&mut ring, Logged::new(before + 1, last, data), has_rows);
+        } else if last > before {
+            // Something from before the tail was on came in between: the files have it in its order.
+            ring.clear();
+        }
+        Ok(())
+    }
+
+    pub fn tail(&self) -> &Tail {
+        &self.tail
+    }
+
+    /// Batches of the log behind number `after`, up to about `bytes_max` bytes: from memory if they are there, else from the files.
+    /// [`Behind::Older`]: they are gone.
+    pub fn log_behind(&self, after: u64, bytes_max: usize) -> Result<Behind, EngineError> {
+        let in_memory = self.tail.ring.lock().behind(after, self.sequence(), bytes_max);
+        if in_memory != Behind::Older {
+            return Ok(in_memory);
+        }
+        let (mut batches, mut bytes, mut next) = (Vec::new(), 0, after + 1);
+        self.walk_log(after, |logged| {
+            if logged.first != next {
+                return ControlFlow::Break(());
+            }
+            next = logged.last + 1;
+            bytes += logged.data.len();
+            batches.push(logged);
+            if bytes < bytes_max { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+        })?;
+        Ok(if batches.is_empty() { Behind::Older } else { Behind::Batches(batches) })
+    }
+
+    /// Shows the batches in the log's files whose first number is above `after`, those in order that are still there: whether they follow
+    /// each other is for the caller to see. RocksDB's iterator says the same for the end and for a gap.
+    pub fn walk_log(&self, after: u64, mut visit: impl FnMut(Logged) -> ControlFlow<()>) -> Result<(), EngineError> {
+        // It refuses a number that was not given yet.
+        if after >= self.sequence() {
+            return Ok(());
+        }
+        let mut batches = match self.db.get_updates_since(after) {
+            Ok(batches) => batches,
+            Err(error) => {
+                tracing::debug!(%error, after, "the log cannot be read from here");
+                return Ok(());
+            }
+        };
+        for batch in &mut batches {
+            let (_, batch) = batch?;
+            let Some(logged) = Logged::read(batch.data().to_vec().into()) else { continue };
+            if visit(logged).is_break() {
+                return Ok(());
+            }
+        }
+        if let Err(error) = batches.status() {
+            tracing::debug!(%error, after, "the log ends here");
+        }
+        Ok(())
+    }
+
+    /// Keeps all files, old logs among them, while a copy is being made of a database that was opened when it had none; or no longer.
+    pub fn keep_files(&self, wanted: bool) -> Result<(), EngineError> {
+        let mut keeps = self.keeps_files.lock();
+        let wanted = wanted && self.old_logs == OldLogs::Deleted;
+        if wanted != *keeps {
+            if wanted {
+                self.db.disable_file_deletions()?
+            } else {
+                self.db.enable_file_deletions()?
+            }
+            *keeps = wanted;
+        }
+        Ok(())
+    }
+
+    /// Deletes the oldest logs that RocksDB needs no more until those left have no more than `bytes_max` bytes.
+    pub fn shorten_log(&self, bytes_max: u64) -> io::Result<()> {
+        let entries = match fs::read_dir(self.db.path().join(ARCHIVE)) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(error) => return Err(error),
+        };
+        let mut logs: Vec<(u64, u64, PathBuf)> = Vec::new();
+        for entry in entries {
+            let entry = entry?;
+            let path = entry.path();
+            let number = path.file_stem().and_then(|name| name.to_str()).and_then(|name| name.parse().ok());
+            if let Some(number) = number {
+                logs.push((number, entry.metadata().map_or(0, |metadata| metadata.len()), path));
+            }
+        }
+        logs.sort_unstable();
+        let mut bytes: u64 = logs.iter().map(|(_, bytes, _)| bytes).sum();
+        for (_, length, path) in logs {
+            if bytes <= bytes_max {
+                break;
+            }
+            match fs::remove_file(&path) {
+                Ok(()) => {}
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
+            bytes -= length;
+        }
+        Ok(())
+    }
+
+    /// Where it lies.
+    pub fn folder(&self) -> &Path {
+        self.db.path()
     }
 
     pub fn meta(&self, name: &[u8]) -> Result<Option<Vec<u8>>, EngineError> {
@@ -238,25 +430,25 @@ impl Database {
     }
 
     pub fn put_meta_synced(&self, name: &[u8], value: &[u8]) -> Result<(), EngineError> {
-        self.synced_by(|db| db.put_cf_opt(self.family(META), name, value, &self.synced_writes))
+        let mut writes = self.writes(1, name.len() + value.len());
+        writes.put_meta(name, value);
+        self.write_synced(writes)
     }
 
     /// Finds out whether the disk takes writes again: one that is synced and waits for nothing.
     pub fn probe(&self) -> Result<(), EngineError> {
-        let written = self.db.put_cf_opt(self.family(META), meta::PROBE, [], &self.probing_writes);
-        written.map_err(|error| match error.kind() {
-            ErrorKind::Incomplete => EngineError::Stalled,
-            _ => EngineError::from(error),
-        })
+        let mut batch = WriteBatch::default();
+        batch.put_cf(self.family(META), meta::PROBE, []);
+        self.log(batch, false, &self.probing_writes, Tier::Memory)
     }
 
     /// Everything written so far survives a power cut.
     pub fn sync_log(&self) -> Result<(), EngineError> {
-        self.synced_by(|db| db.flush_wal(true))
+        self.synced_by(|db| Ok(db.flush_wal(true)?))
     }
 
     /// What was written before a call that syncs the log is synced when it has succeeded.
-    fn synced_by(&self, sync: impl FnOnce(&DB) -> Result<(), rocksdb::Error>) -> Result<(), EngineError> {
+    fn synced_by(&self, sync: impl FnOnce(&DB) -> Result<(), EngineError>) -> Result<(), EngineError> {
         let sequence = self.sequence();
         sync(&self.db)?;
         self.synced.up_to.fetch_max(sequence, Ordering::AcqRel);
@@ -346,6 +538,14 @@ impl Database {
         }
     }
 
+    /// The rows behind the last batch of the log. Of the batches that copies follow each is in the log before or after it.
+    pub fn still(&self) -> Result<Still<'_>, EngineError> {
+        let _turn = self.tail.ring.lock();
+        let flush = self.meta(meta::FLUSH)?;
+        let flush_ns = flush.as_deref().and_then(Stamp::from_bytes).map_or(0, |stamp| stamp.ns);
+        Ok(Still { sequence: self.sequence(), flush_ns, walk: self.walk() })
+    }
+
     /// A cursor over `keys`.
     pub fn walk(&self) -> RawWalk<'_> {
         let mut options = ReadOptions::default();
@@ -410,6 +610,14 @@ fn read_error(error: rocksdb::Error) -> EngineError {
         ErrorKind::Incomplete => EngineError::NotInMemory,
         _ => EngineError::from(error),
     }
+}
+
+/// What a database held at one place of its log.
+pub struct Still<'d> {
+    pub sequence: u64,
+    /// Rows with an event time up to this are dead.
+    pub flush_ns: u64,
+    pub walk: RawWalk<'d>,
 }
 
 /// A cursor over the rows of `keys` as they were when it was made.

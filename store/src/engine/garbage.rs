@@ -42,11 +42,6 @@ pub const ONLY_COPY: u64 = u64::MAX;
 /// Nothing is known of the other copies.
 pub const UNKNOWN_COPIES: u64 = 0;
 
-/// What [`Garbage::set_replicated_ns`] is told of a shard with so many copies as long as nobody follows their positions.
-pub fn replicated_ns(copies: u32) -> u64 {
-    if copies == 1 { ONLY_COPY } else { UNKNOWN_COPIES }
-}
-
 /// What becomes of a row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Fate {

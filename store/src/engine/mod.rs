@@ -1,13 +1,15 @@
 //! The only user of RocksDB: what all shards of a store share, and how one shard's database is opened.
 
 mod changed_value;
-mod crc32c;
+pub mod crc32c;
 pub mod database;
 pub mod error;
 pub mod garbage;
+pub mod log_batch;
 mod log_files;
 pub mod meta;
 mod synced_mark;
+pub mod tail;
 #[cfg(test)]
 mod tests;
 
@@ -27,9 +29,19 @@ pub enum Tier {
     Disk,
 }
 
+/// What becomes of logs whose rows are in files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OldLogs {
+    Deleted,
+    Archived,
+}
+
 /// What all shards share.
 pub struct Engine {
     database_options: Options,
+    /// Of shards with copies: logs that are needed no more go into a folder of their own, for those that follow; who looks after the
+    /// shard deletes them.
+    archiving_options: Options,
     keys_options: Options,
     small_options: Options,
     block_cache: Cache,
@@ -58,6 +70,8 @@ const LEVEL_0_FILES: i32 = 8;
 const ZSTD_LEVEL: i32 = 1;
 /// A shard's log is cut when it is this long, by flushing the column families that hold it back.
 const LOG_BYTES_MAX: u64 = 256 << 20;
+/// RocksDB itself deletes archived logs beyond this, in its own time of ten minutes: never before we do.
+const ARCHIVED_LOG_MEGABYTES_MAX: u64 = 1 << 20;
 /// The newest table format that this RocksDB writes.
 const TABLE_FORMAT: i32 = 6;
 
@@ -94,6 +108,9 @@ impl Engine {
             let rate = i64::try_from(config.background_bytes_per_second).unwrap_or(i64::MAX);
             database_options.set_ratelimiter(rate, 100_000, 10);
         }
+
+        let mut archiving_options = database_options.clone();
+        archiving_options.set_wal_size_limit_mb(ARCHIVED_LOG_MEGABYTES_MAX);
 
         let mut table = BlockBasedOptions::default();
         table.set_block_cache(&block_cache);
@@ -136,7 +153,15 @@ impl Engine {
         small_options.set_memtable_prefix_bloom_ratio(0.0);
 
         let write_buffer_bytes = config.memory.write_buffer_bytes;
-        Ok(Self { database_options, keys_options, small_options, block_cache, write_buffers, write_buffer_bytes })
+        Ok(Self {
+            database_options,
+            archiving_options,
+            keys_options,
+            small_options,
+            block_cache,
+            write_buffers,
+            write_buffer_bytes,
+        })
     }
 
     pub fn block_cache_bytes(&self) -> usize {
@@ -161,7 +186,12 @@ impl Engine {
 
     /// Opens the database of a shard; makes it in a folder that is empty.
     pub fn open(&self, path: &Path, rules: garbage::Rules) -> Result<database::Database, EngineError> {
-        database::Database::open(self, path, rules)
+        database::Database::open(self, path, rules, OldLogs::Deleted)
+    }
+
+    /// As [`Engine::open`], for a shard with copies.
+    pub fn open_followed(&self, path: &Path, rules: garbage::Rules) -> Result<database::Database, EngineError> {
+        database::Database::open(self, path, rules, OldLogs::Archived)
     }
 }
 

@@ -47,7 +47,7 @@ fn find(folder: &Path, is: impl Fn(&str) -> bool) -> PathBuf {
 /// A shard with rows in tables and rows that only its log has.
 fn filled(engine: &Engine, folder: &Path) {
     fs::create_dir_all(folder).unwrap();
-    let database = Database::open(engine, folder, RULES).unwrap();
+    let database = Database::open(engine, folder, RULES, super::OldLogs::Deleted).unwrap();
     put(&database, 0..50);
     database.flush().unwrap();
     put(&database, 50..100);
@@ -73,7 +73,10 @@ fn a_flipped_bit_in_a_header_is_refused_with_the_name_of_the_file() {
                 let mut flipped = whole.clone();
                 flipped[bit / 8] ^= 1 << (bit % 8);
                 fs::write(copy.join(name), flipped).unwrap();
-                let error = Database::open(&engine, &copy, RULES).err().expect("a flipped bit is found").to_string();
+                let error = Database::open(&engine, &copy, RULES, super::OldLogs::Deleted)
+                    .err()
+                    .expect("a flipped bit is found")
+                    .to_string();
                 assert!(error.contains(name.to_str().unwrap()), "bit {bit} of {name:?}: {error}");
             }
             at += bytes;
@@ -82,7 +85,7 @@ fn a_flipped_bit_in_a_header_is_refused_with_the_name_of_the_file() {
         assert!(headers > 5, "{headers} records in {name:?}");
         assert_eq!(at, whole.len());
         fs::write(copy.join(name), &whole).unwrap();
-        let database = Database::open(&engine, &copy, RULES).unwrap();
+        let database = Database::open(&engine, &copy, RULES, super::OldLogs::Deleted).unwrap();
         for number in 0..150_u32 {
             let found = database.get(&number.to_be_bytes(), Tier::Disk).unwrap();
             assert_eq!(found.as_deref(), Some(row(number).as_slice()));
@@ -96,7 +99,7 @@ fn a_flipped_bit_in_a_header_is_refused_with_the_name_of_the_file() {
 fn killed_after(engine: &Engine, folder: &Path, run: impl FnOnce(&Database)) -> PathBuf {
     let (original, copy) = (folder.join("original"), folder.join("copy"));
     fs::create_dir_all(&original).unwrap();
-    let database = Database::open(engine, &original, RULES).unwrap();
+    let database = Database::open(engine, &original, RULES, super::OldLogs::Deleted).unwrap();
     run(&database);
     copy_folder(&original, &copy);
     copy
@@ -133,21 +136,22 @@ fn a_log_is_cut_off_only_behind_what_is_synced() {
 
     for from_end in 31..50 {
         spoil(&log, from_end);
-        let error = Database::open(&engine, &copy, RULES).err().expect("it is refused").to_string();
+        let error =
+            Database::open(&engine, &copy, RULES, super::OldLogs::Deleted).err().expect("it is refused").to_string();
         assert!(error.contains(log.file_name().unwrap().to_str().unwrap()), "{error}");
         assert!(error.contains("synced"), "{error}");
         fs::write(&log, &whole).unwrap();
     }
 
     spoil(&log, 10);
-    let database = Database::open(&engine, &copy, RULES).unwrap();
+    let database = Database::open(&engine, &copy, RULES, super::OldLogs::Deleted).unwrap();
     let is_there =
         |database: &Database, number: u32| database.get(&number.to_be_bytes(), Tier::Disk).unwrap().is_some();
     assert!((0..40).all(|number| is_there(&database, number)));
     assert!(!(40..50).any(|number| is_there(&database, number)), "nothing is kept behind what is lost");
     put(&database, 40..60);
     drop(database);
-    let database = Database::open(&engine, &copy, RULES).unwrap();
+    let database = Database::open(&engine, &copy, RULES, super::OldLogs::Deleted).unwrap();
     assert!((0..60).all(|number| is_there(&database, number)));
 }
 
@@ -165,7 +169,8 @@ fn what_was_synced_before_a_pause_is_noted() {
         assert_eq!(database.sequence(), sequence, "once is enough");
     });
     spoil(&find(&copy, |name| name.ends_with(".log")), 2);
-    let error = Database::open(&engine, &copy, RULES).err().expect("it is refused").to_string();
+    let error =
+        Database::open(&engine, &copy, RULES, super::OldLogs::Deleted).err().expect("it is refused").to_string();
     assert!(error.contains("synced"), "{error}");
 }
 
@@ -187,7 +192,8 @@ fn a_table_that_does_not_open_is_named_and_not_the_manifest() {
         content.windows(name.len()).position(|bytes| bytes == name).expect("the properties are stored as plain text");
     content[place] ^= 1 << 6;
     fs::write(&table, content).unwrap();
-    let error = Database::open(&engine, &copy, RULES).err().expect("it is refused").to_string();
+    let error =
+        Database::open(&engine, &copy, RULES, super::OldLogs::Deleted).err().expect("it is refused").to_string();
     assert!(error.contains(table.file_name().unwrap().to_str().unwrap()), "{error}");
     assert!(!error.contains("MANIFEST"), "{error}");
 }
@@ -207,7 +213,8 @@ fn a_file_that_is_missing_is_refused() {
         let copy = folder.path().join("copy");
         copy_folder(&original, &copy);
         fs::remove_file(find(&copy, is)).unwrap();
-        let error = Database::open(&engine, &copy, RULES).err().expect("it is missed").to_string();
+        let error =
+            Database::open(&engine, &copy, RULES, super::OldLogs::Deleted).err().expect("it is missed").to_string();
         assert!(error.contains(named), "{named}: {error}");
         fs::remove_dir_all(&copy).unwrap();
     }
@@ -218,7 +225,7 @@ fn a_database_whose_making_was_cut_short_is_made_again() {
     let engine = engine();
     let folder = tempfile::tempdir().unwrap();
     fs::write(folder.path().join("MANIFEST-000001"), b"half").unwrap();
-    Database::open(&engine, folder.path(), RULES).unwrap();
+    Database::open(&engine, folder.path(), RULES, super::OldLogs::Deleted).unwrap();
 }
 
 /// A later version of this program has been here: it alone knows how to read the rows.
@@ -227,11 +234,14 @@ fn a_newer_format_is_refused_and_left_as_it_was() {
     let engine = engine();
     let folder = tempfile::tempdir().unwrap();
     filled(&engine, folder.path());
-    let database = Database::open(&engine, folder.path(), RULES).unwrap();
+    let database = Database::open(&engine, folder.path(), RULES, super::OldLogs::Deleted).unwrap();
     database.put_meta_synced(meta::FORMAT, &(meta::FORMAT_VERSION + 1).to_be_bytes()).unwrap();
     drop(database);
     for _ in 0..2 {
-        let error = Database::open(&engine, folder.path(), RULES).err().expect("it is refused").to_string();
+        let error = Database::open(&engine, folder.path(), RULES, super::OldLogs::Deleted)
+            .err()
+            .expect("it is refused")
+            .to_string();
         assert!(error.contains(&format!("format version {}", meta::FORMAT_VERSION + 1)), "{error}");
     }
     let names = rocksdb::DB::list_cf(&rocksdb::Options::default(), folder.path()).unwrap();

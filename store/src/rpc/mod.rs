@@ -1,5 +1,6 @@
 //! The gRPC side of the store: sockets to workers, streams to sessions.
 
+mod following;
 mod pieces;
 pub mod server;
 mod stream;

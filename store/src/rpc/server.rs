@@ -1,5 +1,6 @@
 //! Workers: one thread, one runtime and one gRPC server each; an acceptor hands every socket to the least loaded.
 
+use super::following;
 use super::stream::AnswerStream;
 use crate::{RunError, StoreHandle};
 use futures_util::StreamExt;
@@ -19,8 +20,8 @@ use tonic::metadata::MetadataMap;
 use tonic::transport::server::Connected;
 use tonic::{Request, Response, Status, Streaming};
 use vasto_proto::id::ClusterId;
-use vasto_proto::pb::Frame;
 use vasto_proto::pb::store_server;
+use vasto_proto::pb::{FollowerMessage, Frame, HandOverMessage, HandOverResponse, RenewRequest, RenewResponse};
 use vasto_proto::{PROTOCOL_VERSION, net};
 
 /// Sockets that wait for a worker to take them up.
@@ -37,13 +38,20 @@ pub async fn serve(
     workers: usize,
     shutdown: CancellationToken,
 ) -> Result<(), RunError> {
+    let draining = CancellationToken::new();
     let workers: Vec<Worker> = (0..workers)
-        .map(|number| Worker::start(number, handle.clone(), shutdown.clone()))
+        .map(|number| Worker::start(number, handle.clone(), draining.clone()))
         .collect::<io::Result<_>>()
         .map_err(RunError::Worker)?;
     let accepted = shutdown.run_until_cancelled(accept(&listener, &workers)).await;
     drop(listener);
     shutdown.cancel();
+    // While followers are served: answers may wait for them.
+    let aside = handle.clone();
+    if tokio::task::spawn_blocking(move || aside.step_aside()).await.is_err() {
+        tracing::error!("letting others lead panicked");
+    }
+    draining.cancel();
     for worker in workers {
         let thread = worker.thread;
         drop(worker.sockets);
@@ -192,6 +200,30 @@ impl store_server::Store for Service {
     async fn execute(&self, request: Request<Streaming<Frame>>) -> Result<Response<AnswerStream>, Status> {
         check_peer(request.metadata(), self.handle.cluster())?;
         Ok(Response::new(AnswerStream::new(&self.handle, request.into_inner(), &self.shutdown)))
+    }
+
+    type FollowStream = following::LeaderStream;
+
+    async fn follow(
+        &self,
+        request: Request<Streaming<FollowerMessage>>,
+    ) -> Result<Response<Self::FollowStream>, Status> {
+        check_peer(request.metadata(), self.handle.cluster())?;
+        let stream = following::follow(self.handle.core(), request.into_inner(), &self.shutdown).await?;
+        Ok(Response::new(stream))
+    }
+
+    async fn hand_over(
+        &self,
+        request: Request<Streaming<HandOverMessage>>,
+    ) -> Result<Response<HandOverResponse>, Status> {
+        check_peer(request.metadata(), self.handle.cluster())?;
+        Ok(Response::new(following::take_over(self.handle.core(), request.into_inner(), &self.shutdown).await?))
+    }
+
+    async fn renew(&self, request: Request<RenewRequest>) -> Result<Response<RenewResponse>, Status> {
+        check_peer(request.metadata(), self.handle.cluster())?;
+        Ok(Response::new(self.handle.renew(request.get_ref())))
     }
 }
 

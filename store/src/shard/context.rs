@@ -8,6 +8,7 @@ use super::view::ShardView;
 use crate::backup::{BackupError, Status};
 use crate::config::Limits;
 use crate::engine::{EngineError, Tier};
+use crate::replication::comparison::{self, Comparison, Haste};
 use bytes::Bytes;
 use std::cmp::Ordering;
 use std::ops::Range;
@@ -139,6 +140,11 @@ impl<'a> Context<'a> {
     pub fn make_backup(&self, name: &str) -> Result<(), BackupError> {
         self.core.backups.begin(name)?;
         self.core.backups.run(&self.core.shards.current(), name)
+    }
+
+    /// Compares the shard's copies; blocks for long.
+    pub fn compare_copies(&self) -> Result<Comparison, String> {
+        comparison::compare(self.core, self.shard, Haste::AtOnce)
     }
 
     pub fn backup_status(&self) -> Status {

@@ -1,20 +1,58 @@
-//! What of a shard is synced, and answers that wait until what they say is.
+//! What of a shard is synced and what its copies have, and answers that wait until what they say is and until they do.
 
 use super::Shard;
 use super::executor::Core;
 use super::session::Shared;
 use crate::config::Fsync;
 use crate::engine::{EngineError, Tier};
+use crate::lease::state::{Admission, LeaseState};
 use parking_lot::{Condvar, Mutex};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
+/// Between two looks whether answers have left.
+const ANSWERS_PAUSE: Duration = Duration::from_millis(5);
+
 /// Answers that leave when the write with this number is synced.
 struct Held {
     needs: u64,
+    pass: Pass,
+    /// What copies must have before they leave, then.
+    copies: Option<u64>,
     answers: Vec<u8>,
     session: Arc<Shared>,
+}
+
+/// Answers that leave when enough copies have the log up to this number.
+struct Awaiting {
+    sequence: u64,
+    since: Instant,
+    pass: Pass,
+    answers: Vec<u8>,
+    session: Arc<Shared>,
+}
+
+/// The look at the lease before answers leave that were held.
+pub struct Pass {
+    lease: Arc<LeaseState>,
+    admission: Admission,
+}
+
+impl Pass {
+    pub fn new(lease: &Arc<LeaseState>, admission: Admission) -> Self {
+        Self { lease: Arc::clone(lease), admission }
+    }
+
+    /// Gives held answers to their gateway; as unknown if the store may have lost the shard to another one meanwhile. Reads as well: later
+    /// operations of their connections have run, and sent again they would come to stand behind those.
+    pub fn send(&self, session: &Shared, answers: &[u8]) {
+        if self.lease.allows_answer(self.admission) {
+            session.push_late(answers, 1, answers.len());
+        } else {
+            session.answer_unknown(answers, &self.lease.lapse());
+        }
+    }
 }
 
 /// Counts a shard's writes and how many of them are synced.
@@ -24,6 +62,11 @@ pub struct Durability {
     written: AtomicU64,
     synced: AtomicU64,
     held: Mutex<Vec<Held>>,
+    awaiting: Mutex<Vec<Awaiting>>,
+    /// Some of them have left.
+    left: Condvar,
+    /// Up to where in the log as many copies have it as must.
+    copied: AtomicU64,
     /// Why nothing is synced any more: the shard failed.
     ended: OnceLock<String>,
     /// The work of every second is due.
@@ -107,6 +150,9 @@ impl Durability {
             written: AtomicU64::new(0),
             synced: AtomicU64::new(0),
             held: Mutex::default(),
+            awaiting: Mutex::default(),
+            left: Condvar::new(),
+            copied: AtomicU64::new(0),
             ended: OnceLock::new(),
             round: AtomicBool::new(false),
             at_work: AtomicBool::new(false),
@@ -127,7 +173,7 @@ impl Durability {
             syncs: read(&self.counted.syncs),
             slow_syncs: read(&self.counted.slow_syncs),
             held_batches: read(&self.counted.held_batches),
-            held_batches_now: self.held.lock().len() as u64,
+            held_batches_now: (self.held.lock().len() + self.awaiting.lock().len()) as u64,
             lag: match self.fsync() {
                 Fsync::Always | Fsync::EverySecond => Some(self.unsynced.age()),
                 Fsync::Never => None,
@@ -173,17 +219,85 @@ impl Durability {
         }
     }
 
-    /// Keeps answers until write number `needs` is synced.
-    pub fn hold(&self, needs: u64, answers: Vec<u8>, session: Arc<Shared>) {
+    /// Keeps answers until write number `needs` is synced, and then until copies have the log up to `copies`.
+    pub fn hold(&self, needs: u64, copies: Option<u64>, pass: Pass, answers: Vec<u8>, session: Arc<Shared>) {
         session.one_more_waits(answers.len());
         self.counted.held_batches.fetch_add(1, Ordering::Relaxed);
         let mut held = self.held.lock();
         match self.ended.get() {
-            None => held.push(Held { needs, answers, session }),
+            None => held.push(Held { needs, copies, pass, answers, session }),
             Some(reason) => {
                 drop(held);
                 session.answer_unknown(&answers, reason);
             }
+        }
+    }
+
+    /// Keeps answers until enough copies have the log up to this number.
+    pub fn await_copies(&self, sequence: u64, pass: Pass, answers: Vec<u8>, session: Arc<Shared>) {
+        session.one_more_waits(answers.len());
+        self.counted.held_batches.fetch_add(1, Ordering::Relaxed);
+        self.await_counted(sequence, pass, answers, session);
+    }
+
+    /// As [`Durability::await_copies`] for answers that count as waiting already.
+    fn await_counted(&self, sequence: u64, pass: Pass, answers: Vec<u8>, session: Arc<Shared>) {
+        let mut awaiting = self.awaiting.lock();
+        if let Some(reason) = self.ended.get() {
+            drop(awaiting);
+            session.answer_unknown(&answers, reason);
+        } else if sequence <= self.copied() {
+            // The copies were faster.
+            drop(awaiting);
+            pass.send(&session, &answers);
+        } else {
+            awaiting.push(Awaiting { sequence, since: Instant::now(), pass, answers, session });
+        }
+    }
+
+    /// Up to where in the log as many copies have it as must.
+    pub fn copied(&self) -> u64 {
+        self.copied.load(Ordering::SeqCst)
+    }
+
+    /// Enough copies have the log up to this number: what waited for that leaves.
+    pub fn copied_up_to(&self, sequence: u64) {
+        if self.copied.fetch_max(sequence, Ordering::SeqCst) >= sequence {
+            return;
+        }
+        // Whoever holds this lock now has not seen the number; who takes it later has.
+        let mut awaiting = self.awaiting.lock();
+        let ready: Vec<Awaiting> = awaiting.extract_if(.., |awaiting| awaiting.sequence <= sequence).collect();
+        drop(awaiting);
+        for ready in ready {
+            ready.pass.send(&ready.session, &ready.answers);
+        }
+        self.left.notify_all();
+    }
+
+    /// Waits until the answers have left that are held, for so long at most. Call it when nothing more is run; whoever has just run
+    /// something holds its answers within one of the pauses.
+    pub fn let_answers_leave(&self, until: Instant) {
+        let mut were_gone = false;
+        loop {
+            let are_synced = self.held.lock().is_empty();
+            let mut awaiting = self.awaiting.lock();
+            let are_gone = are_synced && awaiting.is_empty();
+            if are_gone && were_gone || Instant::now() >= until {
+                return;
+            }
+            were_gone = are_gone;
+            self.left.wait_for(&mut awaiting, ANSWERS_PAUSE);
+        }
+    }
+
+    /// Answers as unknown what has waited for copies too long.
+    pub fn give_up_on_copies(&self, patience: Duration) {
+        let mut awaiting = self.awaiting.lock();
+        let given_up: Vec<Awaiting> = awaiting.extract_if(.., |awaiting| awaiting.since.elapsed() > patience).collect();
+        drop(awaiting);
+        for given_up in given_up {
+            given_up.session.answer_unknown(&given_up.answers, "too few replicas have confirmed it in time");
         }
     }
 
@@ -194,6 +308,10 @@ impl Durability {
         let held = std::mem::take(&mut *self.held.lock());
         for held in held {
             held.session.answer_unknown(&held.answers, reason);
+        }
+        let awaiting = std::mem::take(&mut *self.awaiting.lock());
+        for awaiting in awaiting {
+            awaiting.session.answer_unknown(&awaiting.answers, reason);
         }
     }
 }
@@ -276,7 +394,10 @@ impl Shard {
         let synced = self.durability.synced.load(Ordering::Acquire);
         let ready: Vec<Held> = self.durability.held.lock().extract_if(.., |held| held.needs <= synced).collect();
         for held in ready {
-            held.session.push_late(&held.answers, 1, held.answers.len());
+            match held.copies {
+                Some(sequence) => self.durability.await_counted(sequence, held.pass, held.answers, held.session),
+                None => held.pass.send(&held.session, &held.answers),
+            }
         }
         Synced::Done
     }
@@ -409,7 +530,8 @@ impl Shard {
             return;
         }
         let written = self.durability.written.load(Ordering::Acquire);
-        if self.stamps.was_used_since_last_asked(written) {
+        // A replica draws none, and nobody reads in its log how far it went.
+        if self.replication.leads() && self.stamps.was_used_since_last_asked(written) {
             let raised = self.stamps.raise_ahead(crate::shard::executor::now_ns(), &self.database);
             self.met(raised);
         }

@@ -12,7 +12,7 @@
 use super::Shard;
 use super::alarm::Alarm;
 use super::context::{Context, Failure};
-use super::durability::SyncBell;
+use super::durability::{Pass, SyncBell};
 use super::gate::{self, Refusal};
 use super::lane::LanePool;
 use super::map::{ShardMap, Shards};
@@ -23,15 +23,18 @@ use crate::backup::Backups;
 use crate::command;
 use crate::config::Limits;
 use crate::engine::{Engine, EngineError, Tier, meta};
+use crate::lease::clock::BootClock;
+use crate::lease::state::{Admission, Need};
 use crate::metrics::Counters;
+use crate::replication::{Mode, Replicator};
 use bytes::Bytes;
 use smallvec::SmallVec;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use vasto_proto::batch::{
-    Arguments, BatchError, FLAG_LARGE_PERMIT, OperationHead, Operations, Outcome, begin_answer, cancel_answer,
-    end_answer, write_answer,
+    Arguments, BatchError, FLAG_FROM_REPLICA, FLAG_LARGE_PERMIT, OperationHead, Operations, Outcome, begin_answer,
+    cancel_answer, end_answer, write_answer,
 };
 use vasto_proto::command::table::StoreCommand;
 use vasto_proto::command::{Args, ReplyWriter};
@@ -48,6 +51,8 @@ pub struct Core {
     pub alarm: Arc<Alarm>,
     pub counters: Counters,
     pub backups: Backups,
+    pub clock: Arc<BootClock>,
+    pub replicator: Replicator,
 }
 
 /// Where a batch runs.
@@ -134,8 +139,24 @@ impl Operation {
 /// The operations of a batch on one shard.
 struct Group {
     shard: Arc<Shard>,
+    /// What the shard was when they were admitted.
+    admission: Admission,
+    mode: Mode,
+    /// Its answers wait for replicas, whatever the shard is by then.
+    waits_for_copies: bool,
     first: u32,
     last: u32,
+}
+
+impl Group {
+    /// The number of the last entry of the log that replicas must have before its answers may leave.
+    fn must_be_copied(&self) -> Option<u64> {
+        let waits = match self.mode {
+            Mode::Leads => self.waits_for_copies || self.shard.replication.min_replicas() > 0,
+            Mode::Waits | Mode::Follows | Mode::IsMade => false,
+        };
+        if waits { self.shard.not_copied_yet() } else { None }
+    }
 }
 
 /// Runs batches one after the other; all its memory is kept from batch to batch.
@@ -178,10 +199,21 @@ impl Executor {
             self.run_group(core, session, &group, batch, place, answers);
             // Guards are gone: what is durable can be waited for.
             if answers.len() > answers_start
-                && let Some(needs) = group.shard.durability.must_wait()
+                && !self.tells_of_copies_only(&group)
+                && let durability = &group.shard.durability
+                && let (needs, copies) = (durability.must_wait(), group.must_be_copied())
+                && (needs.is_some() || copies.is_some())
             {
-                group.shard.durability.hold(needs, answers.split_off(answers_start), Arc::clone(session));
-                core.sync_bell.ring();
+                let pass = Pass::new(&group.shard.lease, group.admission);
+                let (answers, session) = (answers.split_off(answers_start), Arc::clone(session));
+                match (needs, copies) {
+                    (Some(needs), copies) => {
+                        durability.hold(needs, copies, pass, answers, session);
+                        core.sync_bell.ring();
+                    }
+                    (None, Some(sequence)) => durability.await_copies(sequence, pass, answers, session),
+                    (None, None) => {}
+                }
             }
             self.divert(core, &group, session, batch);
         }
@@ -252,12 +284,22 @@ impl Executor {
             } else if bytes > LARGE_VALUE_BYTES && !operation.has_large_permit() {
                 (Outcome::NeedsLargePermit, String::new())
             } else {
-                let has_group = |group: &Group| group.shard.key == head.target && group.shard.epoch() == head.epoch;
+                let has_group = |group: &Group| {
+                    let shard = &group.shard;
+                    shard.key == head.target
+                        && shard.epoch() == head.epoch
+                        && group.admission.epoch == head.epoch
+                        && shard.replication.refuses(head.flags).is_none()
+                };
                 let group = self.groups.iter().position(has_group);
                 let shard = match group {
                     Some(group) => Ok(&self.groups[group].shard),
                     None => gate::check(map, &head),
                 };
+                let shard = shard.and_then(|shard| match shard.refuses_writes() {
+                    Some(refusal) if command::writes(operation.command, operation.args(batch)) => Err(refusal),
+                    Some(_) | None => Ok(shard),
+                });
                 match shard {
                     // Before any lock: a write that RocksDB lets wait for space may hold it.
                     Ok(shard) if shard.is_read_only() && command::writes(operation.command, operation.args(batch)) => {
@@ -268,20 +310,37 @@ impl Executor {
                         continue;
                     }
                     Ok(shard) => {
+                        // Once: between two looks it may have changed.
+                        let mode = group.map_or_else(|| shard.replication.mode(), |group| self.groups[group].mode);
+                        let takes_stale = head.flags & FLAG_FROM_REPLICA != 0;
                         match group {
+                            None if mode != Mode::Leads && !takes_stale => {
+                                let text = format!("shard {} has just ceased to be led here", head.target);
+                                (Outcome::NotServing, text)
+                            }
                             Some(group) => {
                                 let group = &mut self.groups[group];
                                 self.operations[group.last as usize].next = index as u32;
                                 group.last = index as u32;
+                                self.prepare(index, batch, place);
+                                continue;
                             }
                             None => {
                                 let (first, last) = (index as u32, index as u32);
                                 let shard = Arc::clone(shard);
-                                self.groups.push(Group { shard, first, last });
+                                let admission = match mode {
+                                    Mode::Leads => shard.lease.admission(head.epoch),
+                                    // Who asks a replica takes what may be old.
+                                    Mode::Waits | Mode::Follows | Mode::IsMade => {
+                                        Admission { epoch: head.epoch, need: Need::NotPrimary }
+                                    }
+                                };
+                                let waits_for_copies = mode == Mode::Leads && shard.replication.min_replicas() > 0;
+                                self.groups.push(Group { shard, admission, mode, waits_for_copies, first, last });
+                                self.prepare(index, batch, place);
+                                continue;
                             }
                         }
-                        self.prepare(index, batch, place);
-                        continue;
                     }
                     Err(refusal) => refusal,
                 }
@@ -326,6 +385,13 @@ impl Executor {
             self.divert_all(group);
             return;
         }
+        // Whoever makes another of the shard waits for all who hold stripes; from then on this is seen.
+        if shard.epoch() != group.admission.epoch || shard.replication.mode() != group.mode {
+            drop(guards);
+            let text = format!("shard {} has just become another", shard.key);
+            self.refuse_all(session, group, &(Outcome::WrongEpoch, text), answers);
+            return;
+        }
         // Not before the locks: whoever waited for them would take for alive what others have seen dead meanwhile.
         let now_ns = now_ns();
         self.load(core, shard, batch, place, &mut guards);
@@ -339,6 +405,11 @@ impl Executor {
                 }
                 if self.rows.flush.is_some() && shard.database.disk_bytes() > FLUSHED_BYTES_KEPT {
                     core.pool.schedule_compaction(Arc::clone(&group.shard));
+                }
+                // The process may have been stopped since the gate, and another store may serve.
+                if !shard.lease.allows_answer(group.admission) {
+                    answers.truncate(answers_start);
+                    self.answer_unknown(session, group, &shard.lease.lapse(), answers);
                 }
             }
             Err(EngineError::Stalled | EngineError::NotInMemory) => {
@@ -581,6 +652,20 @@ impl Executor {
         }
     }
 
+    /// Nothing of the group was executed.
+    fn refuse_all(&mut self, session: &Shared, group: &Group, refusal: &Refusal, answers: &mut Vec<u8>) {
+        let mut next = group.first;
+        while next != END {
+            let operation = &mut self.operations[next as usize];
+            next = operation.next;
+            // What goes to the lane is refused there.
+            if operation.fate == Fate::Open {
+                operation.fate = Fate::Answered;
+                refuse(session, answers, &operation.head, refusal);
+            }
+        }
+    }
+
     fn divert_all(&mut self, group: &Group) {
         let mut next = group.first;
         while next != END {
@@ -588,6 +673,14 @@ impl Executor {
             next = operation.next;
             operation.fate = Fate::Diverted;
         }
+    }
+
+    /// Whether the group only says how far the copies have come: that must not wait for them.
+    fn tells_of_copies_only(&self, group: &Group) -> bool {
+        let first = (group.first != END).then_some(group.first);
+        let next = |index: &u32| Some(self.operations[*index as usize].next).filter(|next| *next != END);
+        std::iter::successors(first, next)
+            .all(|index| self.operations[index as usize].command == StoreCommand::InternalReplication)
     }
 
     /// Queues what was diverted, in order, after the group's own writes are done.
@@ -603,7 +696,7 @@ impl Executor {
         }
     }
 
-    /// The group's writes may or may not be in the log. What only reads may have seen them and is refused, so that it is sent again;
+    /// The group's writes may or may not be in the log, or in that of the shard's next primary. What only reads may have seen them and is refused, so that it is sent again;
     /// not before a write of its own connection, behind which it would come to stand.
     fn answer_unknown(&mut self, session: &Shared, group: &Group, text: &str, answers: &mut Vec<u8>) {
         let first = (group.first != END).then_some(group.first);

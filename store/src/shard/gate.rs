@@ -15,7 +15,15 @@ pub fn check<'m>(map: &'m ShardMap, head: &OperationHead) -> Result<&'m Arc<Shar
             let reason = shard.trouble().unwrap_or_default();
             Err((Outcome::NotServing, format!("shard {} met an error and is being closed: {reason}", head.target)))
         }
-        Some(Entry::Serving(shard)) if shard.epoch() == head.epoch => Ok(shard),
+        Some(Entry::Serving(shard)) if shard.epoch() == head.epoch => match shard.replication.refuses(head.flags) {
+            // A replica's answers may be old: they need no lease.
+            None if !shard.replication.leads() || shard.lease.allows() => Ok(shard),
+            None => {
+                let reason = shard.lease.reason();
+                Err((Outcome::NotServing, format!("shard {} has no lease: {reason}", head.target)))
+            }
+            Some(reason) => Err((Outcome::NotServing, format!("shard {} {reason}", head.target))),
+        },
         Some(Entry::Serving(shard)) => Err((
             Outcome::WrongEpoch,
             format!("shard {} is at epoch {}, not {}", head.target, shard.epoch(), head.epoch),
@@ -26,5 +34,15 @@ pub fn check<'m>(map: &'m ShardMap, head: &OperationHead) -> Result<&'m Arc<Shar
         }
         Some(Entry::Failed(text)) => Err((Outcome::NotServing, format!("shard {} is not open: {text}", head.target))),
         None => Err((Outcome::NotHere, format!("shard {} is not on this store", head.target))),
+    }
+}
+
+impl Shard {
+    /// Why writes may not run though reads may.
+    pub fn refuses_writes(&self) -> Option<Refusal> {
+        if !self.replication.leads() {
+            return Some((Outcome::NotServing, format!("shard {} is a replica here", self.key)));
+        }
+        self.replication.lacks_replicas().map(|reason| (Outcome::NoReplicas, format!("shard {}: {reason}", self.key)))
     }
 }

@@ -2,6 +2,7 @@
 
 pub mod alarm;
 pub mod context;
+pub mod digests;
 pub mod durability;
 #[cfg(test)]
 mod event_time_tests;
@@ -16,13 +17,15 @@ pub mod session;
 pub mod stamps;
 pub mod stripes;
 #[cfg(test)]
-mod tests;
+pub mod tests;
 pub mod view;
 
 use crate::command::census::Kept;
 use crate::config::Fsync;
 use crate::engine::database::Database;
 use crate::engine::{EngineError, meta};
+use crate::lease::state::LeaseState;
+use crate::replication::Replication;
 use alarm::Alarm;
 use durability::Durability;
 use health::Health;
@@ -45,6 +48,8 @@ pub struct Shard {
     pub database: Database,
     pub stamps: Stamps,
     pub durability: Durability,
+    pub lease: Arc<LeaseState>,
+    pub replication: Replication,
     /// The number by which Redis clients know the keyspace, if its name is one.
     pub database_number: Option<i64>,
     pub places: Mutex<Places>,
@@ -68,6 +73,7 @@ impl Shard {
         fsync: Fsync,
         alarm: &Arc<Alarm>,
         database_number: Option<i64>,
+        lease: Arc<LeaseState>,
     ) -> Result<Self, EngineError> {
         let slots: Box<[u16]> = table.slots(key.shard).collect();
         let mut owned = Box::new([0; SLOT_COUNT as usize / 64]);
@@ -78,6 +84,7 @@ impl Shard {
             database.garbage().flushed(stamp.ns);
         }
         let stamps = Stamps::open(origin, &database)?;
+        let replication = Replication::open(&database)?;
         Ok(Self {
             key,
             instance: INSTANCES.fetch_add(1, Ordering::Relaxed),
@@ -86,6 +93,8 @@ impl Shard {
             database,
             stamps,
             durability: Durability::new(fsync),
+            lease,
+            replication,
             database_number,
             places: Mutex::default(),
             census: Kept::default(),
@@ -98,6 +107,7 @@ impl Shard {
         Epoch(self.epoch.load(Ordering::Acquire))
     }
 
+    /// What the newest record says of the shard.
     pub fn set_epoch(&self, epoch: Epoch) {
         self.epoch.store(epoch.0, Ordering::Release);
     }

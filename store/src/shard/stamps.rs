@@ -159,6 +159,38 @@ impl Stamps {
         Ok(())
     }
 
+    /// Counts as drawn whatever another store may have drawn by this bound of its own, and returns what `meta` must say from now on.
+    pub fn adopt(&self, bound: &[u8]) -> Option<[u8; 16]> {
+        let bound = Bound::from_bytes(bound)?;
+        let _one_at_a_time = self.raising.lock();
+        let ns = self.bound_ns.fetch_max(bound.ns, Ordering::AcqRel).max(bound.ns);
+        // Sequences are each store's own; what is kept of them here must not fall.
+        let next = self.next_sequence.load(Ordering::Relaxed);
+        let sequence = self.bound_sequence.load(Ordering::Acquire).max(bound.sequence).max(next);
+        self.bound_sequence.store(sequence, Ordering::Release);
+        self.last_ns.fetch_max(bound.ns, Ordering::Relaxed);
+        Some(Bound { ns, sequence }.to_bytes())
+    }
+
+    /// Begins anew above all that was ever drawn here or adopted, and returns that event time: whoever reads the log learns it from what
+    /// `save` writes, whatever it knew before. A bound may have been raised where nobody reads.
+    pub fn begin_above(&self, save: impl FnOnce(u64, &[u8]) -> Result<(), EngineError>) -> Result<u64, EngineError> {
+        let _one_at_a_time = self.raising.lock();
+        let ns = self.bound_ns.load(Ordering::Acquire).max(self.last_ns.load(Ordering::Relaxed));
+        let next = self.next_sequence.load(Ordering::Relaxed);
+        let sequence = self.bound_sequence.load(Ordering::Acquire).max(next);
+        save(ns, &Bound { ns, sequence }.to_bytes())?;
+        self.bound_ns.fetch_max(ns, Ordering::AcqRel);
+        self.bound_sequence.fetch_max(sequence, Ordering::AcqRel);
+        self.last_ns.fetch_max(ns, Ordering::Relaxed);
+        Ok(ns)
+    }
+
+    /// Every stamp that is drawn from here on is above this event time; durable, by `meta`, before it returns.
+    pub fn rise_above(&self, ns: u64, database: &Database) -> Result<(), EngineError> {
+        self.observe(ns, |bound| database.put_meta(meta::STAMPS, bound, Tier::Disk))
+    }
+
     /// The shard's time: the clock, or the largest event time there is if the clock is behind it.
     pub fn time_ns(&self, now_ns: u64) -> u64 {
         now_ns.max(self.last_ns.load(Ordering::Relaxed))
@@ -219,6 +251,7 @@ mod tests {
         },
         /// The process dies; what was saved stays.
         Crash,
+        Begin,
         /// The bound cannot be saved.
         DrawFails {
             now_ns: u64,
@@ -231,6 +264,7 @@ mod tests {
             4 => (now.clone(), prop_oneof![1..5u64, 1..3_000_000u64]).prop_map(|(now_ns, count)| Step::Draw { now_ns, count }),
             2 => now.clone().prop_map(|given_ns| Step::Observe { given_ns }),
             1 => Just(Step::Crash),
+            1 => Just(Step::Begin),
             1 => now.prop_map(|now_ns| Step::DrawFails { now_ns }),
         ];
         prop::collection::vec(step, 1..60)
@@ -261,6 +295,11 @@ mod tests {
                     Step::Crash => {
                         let bound = Bound::from_bytes(&saved).unwrap_or_default();
                         stamps = Stamps::above(StoreId(7), bound);
+                    }
+                    Step::Begin => {
+                        let ns = stamps.begin_above(|_, bound| { saved = bound.to_vec(); Ok(()) }).unwrap();
+                        prop_assert!(ns >= largest_ns && Bound::from_bytes(&saved).unwrap().ns == ns);
+                        largest_ns = ns;
                     }
                     Step::DrawFails { now_ns } => {
                         let drawn = stamps.draw(now_ns, 1, |_| Err(EngineError::Stalled));

@@ -1,6 +1,6 @@
 //! Sessions against real shards: a model, order, crashes, concurrency, limits.
 
-use super::durability::SYNC_THREADS;
+use super::durability::{Pass, SYNC_THREADS};
 use super::map::Entry;
 use super::session::{LateAnswers, Session};
 use super::stripes::{Patience, StripeGuard, StripeSet};
@@ -282,7 +282,7 @@ proptest! {
 }
 
 /// Copies the folder of a running store as a crash would leave it: again, until no file came, grew or went meanwhile.
-pub(super) fn copy_folder(from: &Path, to: &Path) {
+pub(crate) fn copy_folder(from: &Path, to: &Path) {
     for _ in 0..1000 {
         let before = listing(from);
         let copied = try_copy(from, to);
@@ -495,7 +495,7 @@ fn late_answers(client: &mut Client) -> Vec<String> {
 
 fn alter(handle: &StoreHandle, fsync: Fsync) {
     let record = handle.records()[0].clone();
-    let settings = record.settings.changed_by(&Settings { fsync: Some(fsync) });
+    let settings = record.settings.changed_by(&Settings { fsync: Some(fsync), ..Settings::default() });
     handle.put_record(record.with_settings(settings)).unwrap();
 }
 
@@ -559,13 +559,14 @@ fn shards_that_always_want_a_sync_leave_others_their_rounds() {
     let folder = tempfile::tempdir().unwrap();
     let handle = open(folder.path(), |_| {});
     let busy = KeyspaceRecord::new(KeyspaceId(1), "busy", &[handle.id(); SYNC_THREADS]).unwrap();
-    handle.put_record(busy.with_settings(Settings { fsync: Some(Fsync::Always) })).unwrap();
+    handle.put_record(busy.with_settings(Settings { fsync: Some(Fsync::Always), ..Settings::default() })).unwrap();
     let map = handle.core().shards.current();
     let shards: Vec<_> = map.serving().filter(|shard| shard.key.keyspace == KeyspaceId(1)).collect();
     assert_eq!(shards.len(), SYNC_THREADS);
     for shard in shards {
         // As if another batch had been written during each sync.
-        shard.durability.hold(u64::MAX, Vec::new(), Arc::default());
+        let pass = Pass::new(&shard.lease, shard.lease.admission(Epoch(1)));
+        shard.durability.hold(u64::MAX, None, pass, Vec::new(), Arc::default());
         handle.core().sync_bell.ring();
     }
     assert_eq!(Client::new(&handle).call(&[b"set", b"k", b"1"]), "OK");

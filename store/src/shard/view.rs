@@ -6,6 +6,7 @@ use super::durability::SyncFigures;
 use super::rows::{Rows, State};
 use crate::command::census::{Kept, Moment};
 use crate::engine::database::RawWalk;
+use crate::replication::Figures;
 use std::ops::Range;
 use vasto_proto::batch::Outcome;
 use vasto_proto::row::Header;
@@ -90,6 +91,11 @@ impl<'a> ShardView<'a> {
 
     pub fn kept_census(&self) -> &'a Kept {
         &self.shard.census
+    }
+
+    /// How far the copies of the shard are.
+    pub fn replication(&self) -> Option<Figures> {
+        self.shard.replication_figures()
     }
 
     pub fn durability(&self) -> SyncFigures {

@@ -1,5 +1,7 @@
 //! `vasto master`: a master on its own.
 
+use std::time::Duration;
+
 use anyhow::Context;
 use vasto_master::{Config, Master};
 
@@ -18,6 +20,8 @@ async fn serve(options: MasterOptions) -> anyhow::Result<()> {
     let metrics = Metrics::serve(&options.process)?;
     let config = Config {
         listen: options.listen,
+        advertise: options.advertise,
+        replace_after: Duration::from_secs(options.replace_after),
         bootstrap_shards: options.bootstrap_shards,
         bootstrap_stores: options.bootstrap_stores.map(usize::from),
         ..Config::default()

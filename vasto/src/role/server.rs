@@ -21,8 +21,11 @@ use crate::ready::{self, ReadyLine};
 use crate::stop::Stop;
 use crate::telemetry::Metrics;
 
-/// What stands in the topology in place of an address: nobody outside reaches these stores.
+/// What stands in the topology in place of an address: nobody outside reaches the one store.
 const IN_PROCESS: &str = "in-process";
+
+/// Stores of one process speak with each other over sockets, of copies and leases; gateways do not use these.
+const SOCKET_WORKERS: usize = 1;
 
 const FOLDER_PREFIX: &str = "store-";
 
@@ -36,18 +39,21 @@ async fn serve(options: ServerOptions, open_files_limit: usize) -> anyhow::Resul
     let metrics = Metrics::serve(&options.process)?;
     let to_open = options.clone();
     let opened = tokio::task::spawn_blocking(move || open_stores(&to_open)).await.context("open the data folder")??;
-    // The stores live as long as this; their gRPC servers are not started.
     let handles: Vec<StoreHandle> = opened.iter().map(Store::handle).collect();
 
     let (tasks, control) = (TaskTracker::new(), CancellationToken::new());
-    let result = serve_stores(&options, open_files_limit, &handles, &stop, &metrics, &tasks, &control).await;
+    let result = async {
+        let addresses = open_sockets(opened, &tasks, &control).await?;
+        let stores = Stores { handles: &handles, addresses };
+        serve_stores(&options, open_files_limit, &stores, &stop, &metrics, &tasks, &control).await
+    };
+    let result = result.await;
     control.cancel();
     tasks.close();
     tasks.wait().await;
     // Also after a failed start: what is open shall be closed in order.
     let closing = tokio::task::spawn_blocking(move || {
         handles.iter().for_each(StoreHandle::close);
-        drop(opened);
     });
     closing.await.context("close the stores")?;
     result?;
@@ -55,15 +61,45 @@ async fn serve(options: ServerOptions, open_files_limit: usize) -> anyhow::Resul
     Ok(())
 }
 
+/// The stores of this process, and where they are found.
+struct Stores<'h> {
+    handles: &'h [StoreHandle],
+    addresses: Vec<String>,
+}
+
+/// Where the stores reach each other, in their order. A single one has nobody to speak with.
+async fn open_sockets(
+    opened: Vec<Store>,
+    tasks: &TaskTracker,
+    control: &CancellationToken,
+) -> anyhow::Result<Vec<String>> {
+    if opened.len() == 1 {
+        return Ok(vec![IN_PROCESS.to_owned()]);
+    }
+    let mut addresses = Vec::with_capacity(opened.len());
+    for store in opened {
+        let bound = store.bind().await.context("cannot listen on a port of 127.0.0.1 for a store")?;
+        addresses.push(bound.address().to_string());
+        let stopped = control.clone();
+        tasks.spawn(async move {
+            if let Err(failure) = bound.run(stopped).await {
+                error!(%failure, "a store's server ended");
+            }
+        });
+    }
+    Ok(addresses)
+}
+
 async fn serve_stores(
     options: &ServerOptions,
     open_files_limit: usize,
-    handles: &[StoreHandle],
+    stores: &Stores<'_>,
     stop: &Stop,
     metrics: &Metrics,
     tasks: &TaskTracker,
     control: &CancellationToken,
 ) -> anyhow::Result<()> {
+    let handles = stores.handles;
     let shard_count = options.shard_count(handles.len());
     let master = Master::bind(vasto_master::Config {
         listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
@@ -79,8 +115,8 @@ async fn serve_stores(
             error!(%failure, "the master ended");
         }
     });
-    for handle in handles {
-        let session = registration::run(handle.clone(), masters.clone(), IN_PROCESS.to_owned(), control.clone());
+    for (handle, address) in handles.iter().zip(&stores.addresses) {
+        let session = registration::run(handle.clone(), masters.clone(), address.clone(), control.clone());
         tasks.spawn(session);
     }
     let topology = follow(masters.clone(), tasks, control.clone());
@@ -118,7 +154,7 @@ fn open_stores(options: &ServerOptions) -> anyhow::Result<Vec<Store>> {
     let open = |number: &u16| {
         let config = vasto_store::Config {
             data: options.data.join(format!("{FOLDER_PREFIX}{number}")),
-            workers: options.clients.workers,
+            workers: SOCKET_WORKERS,
             ..super::store_config(&options.storage, options.clients.proto_max_bulk_len.0, numbers.len())
         };
         Store::open(config).map_err(anyhow::Error::from)
