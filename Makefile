@@ -41,5 +41,5 @@ packages: build install-test ## the package records of apt through gateways and 
 install-build: ## installs g++ and libclang, where they are missing
 	@bash scripts/install.sh build
 
-install-test: ## installs redis-server, redis-tools and python3-redis, where they are missing
+install-test: ## installs redis-server, redis-tools, python3-redis, and for root nftables, where they are missing
 	@bash scripts/install.sh test

@@ -6,7 +6,9 @@ use tempfile::TempDir;
 
 use crate::connection::{Address, Connection};
 use crate::eventually::{PATIENCE, eventually_within};
+use crate::network::{Host, Network};
 use crate::node::{Node, READY_TIMEOUT, free_address};
+use crate::resp::Value;
 
 /// A folder of its own for one test.
 pub fn temporary_directory() -> TempDir {
@@ -74,27 +76,115 @@ impl Server {
     }
 }
 
-/// Master, stores and gateways as processes of their own.
+/// Masters, stores and gateways as processes of their own.
 pub struct Cluster {
     pub gateways: Vec<Node>,
     pub stores: Vec<Node>,
     pub master: Node,
+    /// The masters beside the first.
+    pub more_masters: Vec<Node>,
+    /// As they said when they began to serve: one that is down cannot be asked.
+    store_ids: Vec<String>,
+    /// All masters, as `--master` takes them.
     master_address: String,
     directory: TempDir,
+    /// Where each process runs, if they have a network of their own.
+    pub hosts: Option<Hosts>,
+    /// Dropped last: the processes are in it.
+    _network: Option<Network>,
+}
+
+/// Where the processes of a cluster run.
+#[derive(Clone, Debug)]
+pub struct Hosts {
+    pub masters: Vec<Host>,
+    pub stores: Vec<Host>,
+    pub gateways: Vec<Host>,
+}
+
+impl Hosts {
+    pub fn all(&self) -> impl Iterator<Item = &Host> {
+        self.masters.iter().chain(&self.stores).chain(&self.gateways)
+    }
+
+    /// Every packet arrives again, everywhere.
+    pub fn heal(&self) {
+        self.all().for_each(Host::heal);
+    }
 }
 
 /// What a cluster shall be made of.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct ClusterBuilder {
+    masters: usize,
     stores: usize,
     gateways: usize,
     shards: usize,
+    master_options: Vec<String>,
+    store_options: Vec<String>,
+    /// For the stores with these numbers.
+    store_environments: Vec<(usize, Vec<(String, String)>)>,
     gateway_options: Vec<String>,
+    network: Option<Network>,
+}
+
+/// A shard as a gateway sees it.
+#[derive(Clone, Debug)]
+pub struct ShardPlace {
+    pub shard: i64,
+    pub epoch: i64,
+    /// The number of the store in the cluster; `None` while there is no primary.
+    pub primary: Option<usize>,
+    pub is_up: bool,
+    pub replicas: Vec<usize>,
 }
 
 impl Cluster {
     pub fn builder() -> ClusterBuilder {
-        ClusterBuilder { stores: 3, gateways: 1, shards: 3, gateway_options: Vec::new() }
+        ClusterBuilder {
+            masters: 1,
+            stores: 3,
+            gateways: 1,
+            shards: 3,
+            master_options: Vec::new(),
+            store_options: Vec::new(),
+            store_environments: Vec::new(),
+            gateway_options: Vec::new(),
+            network: None,
+        }
+    }
+
+    pub fn masters(&self) -> impl Iterator<Item = &Node> {
+        std::iter::once(&self.master).chain(&self.more_masters)
+    }
+
+    pub fn store_id(&self, store: usize) -> &str {
+        &self.store_ids[store]
+    }
+
+    /// The store with this id, by its number in the cluster.
+    pub fn store_number(&self, id: &str) -> Option<usize> {
+        self.store_ids.iter().position(|known| known == id)
+    }
+
+    /// Where the shards of a keyspace are, as this connection's gateway knows it: it asks no store for that.
+    pub fn places(&self, connection: &mut Connection, keyspace: &str) -> Result<Vec<ShardPlace>, String> {
+        let topology = connection.try_call(&["TOPOLOGY"]).map_err(|error| error.to_string())?;
+        let shards = topology.elements().ok_or_else(|| topology.text())?;
+        let is_of_keyspace = |shard: &&Value| shard.field("keyspace").is_some_and(|name| name.text() == keyspace);
+        let place = |shard: &Value| {
+            let number = |name| shard.field(name).and_then(|value| value.integer());
+            let text = |name| shard.field(name).map(|value| value.text()).unwrap_or_default();
+            let replicas = shard.field("replicas").and_then(|replicas| replicas.elements()).unwrap_or_default();
+            ShardPlace {
+                shard: number("shard").unwrap_or(-1),
+                epoch: number("epoch").unwrap_or(-1),
+                primary: self.store_number(&text("primary")),
+                is_up: text("state") == "up",
+                replicas: replicas.iter().filter_map(|replica| self.store_number(&replica.text())).collect(),
+            }
+        };
+        Ok(shards.iter().filter(is_of_keyspace).map(place).collect())
     }
 
     /// The address of a gateway.
@@ -119,9 +209,29 @@ impl Cluster {
         self.gateways.last_mut().expect("it was just added")
     }
 
+    /// One more store, not waited for.
+    pub fn launch_store(&mut self) -> &mut Node {
+        let name = format!("store-{}", self.stores.len());
+        let node = launch_store(&name, &self.directory, &self.master_address);
+        self.stores.push(node);
+        self.stores.last_mut().expect("it was just added")
+    }
+
+    /// One of the masters, the first is 0.
+    pub fn master(&mut self, number: usize) -> &mut Node {
+        match number {
+            0 => &mut self.master,
+            number => &mut self.more_masters[number - 1],
+        }
+    }
+
     /// All processes, gateways first: the order in which they stop best.
     pub fn nodes(&mut self) -> impl Iterator<Item = &mut Node> {
-        self.gateways.iter_mut().chain(self.stores.iter_mut()).chain(std::iter::once(&mut self.master))
+        self.gateways
+            .iter_mut()
+            .chain(self.stores.iter_mut())
+            .chain(std::iter::once(&mut self.master))
+            .chain(self.more_masters.iter_mut())
     }
 
     /// SIGTERM to all, and waits; a status other than success is a failure.
@@ -141,6 +251,7 @@ impl Cluster {
     /// Starts all that were stopped, and waits until every gateway serves.
     pub fn start_again(&mut self) {
         self.master.start_again();
+        self.more_masters.iter_mut().for_each(Node::start_again);
         for node in self.stores.iter_mut().chain(self.gateways.iter_mut()) {
             node.start_again_without_waiting();
         }
@@ -158,6 +269,12 @@ impl Cluster {
 }
 
 impl ClusterBuilder {
+    /// One leads, the others stand by.
+    pub fn masters(mut self, count: usize) -> Self {
+        self.masters = count;
+        self
+    }
+
     pub fn stores(mut self, count: usize) -> Self {
         self.stores = count;
         self
@@ -173,30 +290,116 @@ impl ClusterBuilder {
         self
     }
 
+    /// An option for every master.
+    pub fn master_option(mut self, name: &str, value: &str) -> Self {
+        self.master_options.extend([name.to_owned(), value.to_owned()]);
+        self
+    }
+
+    /// An option for every store.
+    pub fn store_option(mut self, name: &str, value: &str) -> Self {
+        self.store_options.extend([name.to_owned(), value.to_owned()]);
+        self
+    }
+
+    /// For one store, beside the environment of the tests.
+    pub fn store_environment(mut self, store: usize, environment: &[(String, String)]) -> Self {
+        self.store_environments.push((store, environment.to_vec()));
+        self
+    }
+
     /// An option for every gateway.
     pub fn gateway_option(mut self, name: &str, value: &str) -> Self {
         self.gateway_options.extend([name.to_owned(), value.to_owned()]);
         self
     }
 
+    /// Each process on a host of its own.
+    pub fn network(mut self, network: Network) -> Self {
+        self.network = Some(network);
+        self
+    }
+
     /// Starts everything and waits until it serves.
-    pub fn start(self) -> Cluster {
+    pub fn start(mut self) -> Cluster {
         let directory = temporary_directory();
-        let master_address = free_address();
-        let master = launch_master(&directory, &master_address, self.shards, self.stores);
+        let hosts = self.network.as_mut().map(|network| {
+            let mut hosts = |count| (0..count).map(|_| network.add_host()).collect();
+            Hosts { masters: hosts(self.masters), stores: hosts(self.stores), gateways: hosts(self.gateways) }
+        });
+        let listen = |host: Option<&Host>, port: u16| match host {
+            Some(host) => format!("{}:{port}", host.address),
+            None => free_address(),
+        };
+        let masters: Vec<(Option<&Host>, String)> = (0..self.masters)
+            .map(|number| hosts.as_ref().map(|hosts| &hosts.masters[number]))
+            .map(|host| (host, listen(host, 7100)))
+            .collect();
+        let master_address = masters.iter().map(|(_, address)| address.as_str()).collect::<Vec<_>>().join(",");
+        let mut masters = masters.iter().enumerate().map(|(number, (host, address))| {
+            let name = if number == 0 { "master".to_owned() } else { format!("master-{number}") };
+            let mut arguments = master_arguments(address, self.shards, self.stores);
+            arguments.extend(self.master_options.iter().cloned());
+            Node::launch_on(*host, &name, directory.path(), &arguments, &[])
+        });
+        let master = masters.next().expect("there is a master");
+        let more_masters = masters.collect();
         let stores = (0..self.stores)
-            .map(|number| launch_store(&format!("store-{number}"), &directory, &master_address))
+            .map(|number| {
+                let host = hosts.as_ref().map(|hosts| &hosts.stores[number]);
+                let name = format!("store-{number}");
+                let data = text(&directory.path().join(&name));
+                let mut arguments = store_arguments(&master_address, &listen(host, 7200), &data);
+                arguments.extend(self.store_options.iter().cloned());
+                let environments = self.store_environments.iter().filter(|(store, _)| *store == number);
+                let environment: Vec<_> = environments.flat_map(|(_, environment)| environment.clone()).collect();
+                Node::launch_on(host, &name, directory.path(), &arguments, &environment)
+            })
             .collect();
         let gateways = (0..self.gateways)
             .map(|number| {
-                launch_gateway(&format!("gateway-{number}"), &directory, &master_address, &self.gateway_options)
+                let host = hosts.as_ref().map(|hosts| &hosts.gateways[number]);
+                let name = format!("gateway-{number}");
+                let mut arguments = gateway_arguments(&master_address, &listen(host, 6379));
+                arguments.extend(self.gateway_options.iter().cloned());
+                Node::launch_on(host, &name, directory.path(), &arguments, &[])
             })
             .collect();
-        let mut cluster = Cluster { gateways, stores, master, master_address, directory };
+        let network = self.network;
+        let mut cluster = Cluster {
+            gateways,
+            stores,
+            master,
+            more_masters,
+            store_ids: Vec::new(),
+            master_address,
+            directory,
+            hosts,
+            _network: network,
+        };
         cluster.master.wait_ready(READY_TIMEOUT);
+        cluster.more_masters.iter_mut().for_each(|master| master.wait_ready(READY_TIMEOUT));
         cluster.wait_until_serving();
+        cluster.store_ids = cluster.stores.iter().map(Node::store_id).collect();
         cluster
     }
+}
+
+fn words(words: &[&str]) -> Vec<String> {
+    words.iter().map(|word| (*word).to_owned()).collect()
+}
+
+fn master_arguments(listen: &str, shards: usize, stores: usize) -> Vec<String> {
+    let (shards, stores) = (shards.to_string(), stores.to_string());
+    words(&["master", "--listen", listen, "--bootstrap-shards", &shards, "--bootstrap-stores", &stores])
+}
+
+fn store_arguments(masters: &str, listen: &str, data: &str) -> Vec<String> {
+    words(&["store", "--master", masters, "--listen", listen, "--data", data])
+}
+
+fn gateway_arguments(masters: &str, listen: &str) -> Vec<String> {
+    words(&["gateway", "--master", masters, "--listen", listen])
 }
 
 /// `vasto server` on a data folder; its log lies in `directory`.
@@ -214,35 +417,16 @@ pub fn launch_server<A: AsRef<str>>(
 
 /// A master that makes keyspace `0` of so many shards when so many stores have come.
 pub fn launch_master(directory: &TempDir, address: &str, shards: usize, stores: usize) -> Node {
-    Node::launch(
-        "master",
-        directory.path(),
-        &[
-            "master",
-            "--listen",
-            address,
-            "--bootstrap-shards",
-            &shards.to_string(),
-            "--bootstrap-stores",
-            &stores.to_string(),
-        ],
-    )
+    Node::launch("master", directory.path(), &master_arguments(address, shards, stores))
 }
 
 pub fn launch_store(name: &str, directory: &TempDir, master_address: &str) -> Node {
     let data = text(&directory.path().join(name));
-    let listen = free_address();
-    Node::launch(name, directory.path(), &["store", "--master", master_address, "--listen", &listen, "--data", &data])
+    Node::launch(name, directory.path(), &store_arguments(master_address, &free_address(), &data))
 }
 
 pub fn launch_gateway(name: &str, directory: &TempDir, master_address: &str, options: &[String]) -> Node {
-    let mut arguments = vec![
-        "gateway".to_owned(),
-        "--master".to_owned(),
-        master_address.to_owned(),
-        "--listen".to_owned(),
-        free_address(),
-    ];
+    let mut arguments = gateway_arguments(master_address, &free_address());
     arguments.extend(options.iter().cloned());
     Node::launch(name, directory.path(), &arguments)
 }

@@ -13,6 +13,7 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use crate::connection::Address;
 use crate::eventually::eventually_within;
+use crate::network::{Host, administrator_command};
 
 /// Opening a RocksDB and, after a kill, reading its log again, on a machine that does much else.
 pub const READY_TIMEOUT: Duration = Duration::from_secs(60);
@@ -69,6 +70,8 @@ pub fn free_address() -> String {
 pub struct Node {
     /// How the process is called in messages, such as `store-1`.
     pub name: String,
+    /// Where it runs, if not where the tests do.
+    namespace: Option<String>,
     program: PathBuf,
     arguments: Vec<String>,
     environment: Vec<(String, String)>,
@@ -103,8 +106,20 @@ impl Node {
         arguments: &[A],
         environment: &[(String, String)],
     ) -> Node {
+        Node::launch_on(None, name, directory, arguments, environment)
+    }
+
+    /// Starts it without waiting on a host of a network of its own.
+    pub fn launch_on<A: AsRef<str>>(
+        host: Option<&Host>,
+        name: &str,
+        directory: &Path,
+        arguments: &[A],
+        environment: &[(String, String)],
+    ) -> Node {
         let mut node = Node {
             name: name.to_owned(),
+            namespace: host.map(|host| host.namespace.clone()),
             program: binary(),
             arguments: arguments.iter().map(|argument| argument.as_ref().to_owned()).collect(),
             environment: environment.to_vec(),
@@ -122,7 +137,16 @@ impl Node {
             .append(true)
             .open(&self.log_path)
             .unwrap_or_else(|error| panic!("no log {}: {error}", self.log_path.display()));
-        let mut child = Command::new(&self.program)
+        let mut command = match &self.namespace {
+            // It becomes the program: the process has one id from the start.
+            Some(namespace) => {
+                let mut command = administrator_command("ip");
+                command.args(["netns", "exec", namespace]).arg(&self.program);
+                command
+            }
+            None => Command::new(&self.program),
+        };
+        let mut child = command
             .args(&self.arguments)
             .envs(self.environment.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null())
@@ -185,14 +209,24 @@ impl Node {
             .unwrap_or_else(|| panic!("{} has printed no line yet", self.name))
     }
 
+    /// The word after another one in the ready line.
+    fn word_after(&self, name: &str) -> Option<&str> {
+        let mut words = self.ready_line().split_whitespace().skip_while(|word| *word != name);
+        words.nth(1).map(|word| word.trim_end_matches([',', ';']))
+    }
+
     /// The word after `role` in the ready line, as an address.
     fn address_after(&self, role: &str) -> SocketAddr {
+        let address = self.word_after(role).and_then(|word| word.parse().ok());
+        address.unwrap_or_else(|| panic!("no '{role} ADDRESS' in the line of {}: {}", self.name, self.ready_line()))
+    }
+
+    /// How a store calls itself.
+    pub fn store_id(&self) -> String {
+        // The first word of the line is `vasto`, the second the role, which is `store` as well.
         let line = self.ready_line();
-        line.split_whitespace()
-            .skip_while(|word| *word != role)
-            .nth(1)
-            .and_then(|word| word.trim_end_matches([',', ';']).parse().ok())
-            .unwrap_or_else(|| panic!("no '{role} ADDRESS' in the line of {}: {line}", self.name))
+        let id = line.split(", ").find_map(|field| field.trim().strip_prefix("store "));
+        id.unwrap_or_else(|| panic!("no id in the line of {}: {line}", self.name)).to_owned()
     }
 
     /// Where clients connect.

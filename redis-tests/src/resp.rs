@@ -74,6 +74,13 @@ impl Value {
         }
     }
 
+    /// A field of a map, as RESP2 or RESP3 show it.
+    pub fn field(&self, name: &str) -> Option<Value> {
+        let elements = self.elements()?;
+        let mut pairs = elements.chunks_exact(2);
+        pairs.find(|pair| pair[0].bytes() == Some(name.as_bytes())).map(|pair| pair[1].clone())
+    }
+
     pub fn is_error(&self) -> bool {
         matches!(self, Value::Error(_))
     }

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed, and where is in the message")]
 
 mod backup;
+mod chaos;
 mod clients;
 mod commands;
 mod databases;
@@ -14,6 +15,7 @@ mod import;
 mod keyspaces;
 mod known_differences;
 mod limits;
+mod masters;
 mod process;
 mod protocol;
 mod restart;
@@ -21,3 +23,4 @@ mod scan;
 mod settings;
 mod tidy;
 mod time_to_live;
+mod verification;

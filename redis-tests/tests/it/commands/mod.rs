@@ -60,6 +60,7 @@ scripts! {
     client
     command
     connection
+    copies
     counters
     dump
     event_time
