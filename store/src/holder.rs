@@ -21,7 +21,21 @@ const PROMISE: &str = "promise";
 
 pub struct HolderFiles {
     folder: PathBuf,
+    /// Held while a vote is written.
     holder: Mutex<Holder<Entry>>,
+    /// What it says of itself in every heartbeat, which must not wait for the disk.
+    said: Mutex<Said>,
+}
+
+struct Said {
+    promised: Term,
+    group: Option<Accepted<Entry>>,
+}
+
+impl Said {
+    fn of(holder: &Holder<Entry>) -> Self {
+        Self { promised: holder.promised(), group: holder.accepted_of(GROUP).cloned() }
+    }
 }
 
 impl HolderFiles {
@@ -51,16 +65,18 @@ impl HolderFiles {
                 accepted.push(entry.ok_or_else(|| damaged("it is of a later version".to_owned()))?);
             }
         }
-        Ok(Self { folder, holder: Mutex::new(Holder::restore(promised, accepted)) })
+        let holder = Holder::restore(promised, accepted);
+        let said = Mutex::new(Said::of(&holder));
+        Ok(Self { folder, holder: Mutex::new(holder), said })
     }
 
     pub fn promised(&self) -> Term {
-        self.holder.lock().promised()
+        self.said.lock().promised
     }
 
     /// The group that it has accepted last.
     pub fn group(&self) -> Option<Accepted<Entry>> {
-        self.holder.lock().accepted_of(GROUP).cloned()
+        self.said.lock().group.clone()
     }
 
     /// All that it has accepted last.
@@ -101,6 +117,7 @@ impl HolderFiles {
             accepted.extend(without_vote.map(|record| Accepted { term: Term::NONE, record: Entry::Keyspace(record) }));
         }
         *holder = after;
+        *self.said.lock() = Said::of(&holder);
         Ok(answer)
     }
 
