@@ -323,6 +323,8 @@ async fn the_second_master_stands_by_and_takes_over() {
     assert!(status.message().contains(&format!("the master at {} leads", addresses[0])), "{status}");
 
     // The first leader is heard no more.
+    second.reports.send(store.report()).await.unwrap();
+    watch.until("nobody heard of", |topology| topology.leadership.as_ref().unwrap().address != addresses[0]).await;
     let [first, master] = masters;
     let mut client = master.client().await;
     let mut creating = std::pin::pin!(async move { client.create_keyspace(create).await });
