@@ -2,7 +2,8 @@
 //!
 //! What it has accepted may never be chosen: it is not served, and lies apart from the records that are.
 
-use crate::node::{OpenError, checksum, replace_file};
+use crate::node::OpenError;
+use crate::sealed;
 use parking_lot::Mutex;
 use prost::Message;
 use std::collections::BTreeMap;
@@ -55,7 +56,7 @@ impl HolderFiles {
                 Err(source) => return Err(OpenError::Io { path, source }),
             };
             let damaged = |reason: String| OpenError::Damaged { path: path.clone(), reason };
-            let message = unseal(&content).map_err(damaged)?;
+            let message = sealed::unseal(&content).map_err(damaged)?;
             if path.ends_with(PROMISE) {
                 let message = pb::Term::decode(message).map_err(|error| damaged(error.to_string()))?;
                 promised = term(Some(message));
@@ -84,11 +85,6 @@ impl HolderFiles {
         self.holder.lock().accepted().map(|accepted| accepted.record.clone()).collect()
     }
 
-    /// What it has accepted last of a keyspace, chosen or not.
-    pub fn accepted(&self, keyspace: KeyspaceId) -> Option<KeyspaceRecord> {
-        self.holder.lock().accepted_of(keyspace)?.record.record().cloned()
-    }
-
     /// The answer, which may leave: what it promises is on the disk. `chosen` gives the records that were kept without a vote of this
     /// store, of before there were terms or of before it became a holder; they count as accepted under no term. `voted` hears what is
     /// accepted, in the order of the votes. Blocks on the disk.
@@ -104,10 +100,14 @@ impl HolderFiles {
         if answer.is_ok() {
             match &request {
                 Request::Prepare { term } if *term == holder.promised() => {}
-                Request::Prepare { term } => self.save(PROMISE, &pb::Term::from(*term))?,
+                Request::Prepare { term } => sealed::save(&self.folder, PROMISE, &pb::Term::from(*term))?,
                 Request::Accept(accepted) if holder.accepted_of(accepted.record.keyspace()) == Some(accepted) => {}
                 Request::Accept(accepted) => {
-                    self.save(&accepted.record.keyspace().to_string(), &pb::AcceptedEntry::from(accepted))?;
+                    sealed::save(
+                        &self.folder,
+                        &accepted.record.keyspace().to_string(),
+                        &pb::AcceptedEntry::from(accepted),
+                    )?;
                     voted(&accepted.record);
                 }
             }
@@ -120,21 +120,6 @@ impl HolderFiles {
         *self.said.lock() = Said::of(&holder);
         Ok(answer)
     }
-
-    fn save(&self, name: &str, message: &impl Message) -> io::Result<()> {
-        let message = message.encode_to_vec();
-        let mut content = checksum(&message).to_be_bytes().to_vec();
-        content.extend_from_slice(&message);
-        replace_file(&self.folder, name, &content)
-    }
-}
-
-fn unseal(content: &[u8]) -> Result<&[u8], String> {
-    let (sum, message) = content.split_first_chunk::<8>().ok_or("it is too short")?;
-    if u64::from_be_bytes(*sum) != checksum(message) {
-        return Err("its checksum is wrong".to_owned());
-    }
-    Ok(message)
 }
 
 #[cfg(test)]
@@ -176,7 +161,8 @@ mod tests {
         // What was accepted was promised.
         assert_eq!(files.promised(), term(4));
         assert_eq!(files.group(), Some(Accepted { term: term(4), record: group }));
-        assert_eq!(files.accepted(KeyspaceId(0)), Some(new));
+        let entry = files.entries().into_iter().find(|entry| entry.keyspace() == KeyspaceId(0));
+        assert_eq!(entry, Some(Entry::Keyspace(new)));
         let promised = files.answer(Request::Prepare { term: term(5) }, chosen, |_| ()).unwrap();
         let Ok(Answer::Promised { accepted, .. }) = promised else { panic!("{promised:?}") };
         assert_eq!(

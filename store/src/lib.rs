@@ -18,6 +18,7 @@ mod removal;
 mod reopening;
 pub mod replication;
 mod rpc;
+mod sealed;
 mod shard;
 
 pub use backup::manifest::Manifest as BackupManifest;

@@ -14,6 +14,7 @@ use crate::removal::{Dropped, Pending, Removal, left_behind};
 use crate::reopening::{Opener, Reopening};
 use crate::replication::{self, Figures, Part, Replicator};
 use crate::rpc;
+use crate::sealed::{self, checksum, replace_file};
 use crate::shard::Shard;
 use crate::shard::durability::{SYNC_THREADS, SyncBell};
 use crate::shard::executor::Core;
@@ -25,7 +26,7 @@ use parking_lot::Mutex;
 use prost::Message;
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -321,14 +322,6 @@ impl StoreHandle {
     /// The group of holders that this store has accepted last.
     pub fn accepted_group(&self) -> Option<Accepted<VotedEntry>> {
         self.node.holder.group()
-    }
-
-    /// The newest record of a keyspace of which this store knows, whether it was chosen or only voted for.
-    pub fn newest_record(&self, keyspace: KeyspaceId) -> Option<KeyspaceRecord> {
-        let chosen = self.node.records.lock().get(&keyspace).cloned();
-        let accepted = self.node.holder.accepted(keyspace);
-        // Of one epoch, what was chosen is true.
-        [accepted, chosen].into_iter().flatten().max_by_key(|record| record.epoch)
     }
 
     /// Votes; the answer may leave, what it promises is on the disk. Blocks on the disk.
@@ -702,26 +695,8 @@ fn checksum_line(body: &str) -> String {
     format!("checksum={:016x}\n", checksum(body.as_bytes()))
 }
 
-/// Writes a file so that after a crash it has either its old or its new content.
-pub fn replace_file(folder: &Path, name: &str, content: &[u8]) -> io::Result<()> {
-    let new = folder.join(format!("{name}.new"));
-    let mut file = File::create(&new)?;
-    file.write_all(content)?;
-    file.sync_all()?;
-    fs::rename(&new, folder.join(name))?;
-    File::open(folder)?.sync_all()
-}
-
-/// FNV-1a: finds a torn or flipped file, not an attacker.
-pub fn checksum(bytes: &[u8]) -> u64 {
-    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |sum, byte| (sum ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))
-}
-
 fn save_record(folder: &Path, record: &KeyspaceRecord) -> io::Result<()> {
-    let message = pb::KeyspaceRecord::from(record).encode_to_vec();
-    let mut content = checksum(&message).to_be_bytes().to_vec();
-    content.extend_from_slice(&message);
-    replace_file(&folder.join("records"), &record.id.to_string(), &content)
+    sealed::save(&folder.join("records"), &record.id.to_string(), &pb::KeyspaceRecord::from(record))
 }
 
 /// The files of the records in a data folder.
@@ -749,10 +724,6 @@ pub fn load_records(folder: &Path) -> Result<BTreeMap<KeyspaceId, KeyspaceRecord
 }
 
 fn decode_record(content: &[u8]) -> Result<KeyspaceRecord, String> {
-    let (sum, message) = content.split_first_chunk::<8>().ok_or("it is too short")?;
-    if u64::from_be_bytes(*sum) != checksum(message) {
-        return Err("its checksum is wrong".to_owned());
-    }
-    let message = pb::KeyspaceRecord::decode(message).map_err(|error| error.to_string())?;
+    let message = pb::KeyspaceRecord::decode(sealed::unseal(content)?).map_err(|error| error.to_string())?;
     KeyspaceRecord::try_from(message).map_err(|error| error.to_string())
 }

@@ -1,6 +1,7 @@
 //! The file that remembers where the other stores are and who holds the records, so that a store gets along without a master.
 
-use crate::node::{OpenError, checksum, replace_file};
+use crate::node::OpenError;
+use crate::sealed;
 use prost::Message;
 use std::fs;
 use std::io;
@@ -38,21 +39,14 @@ impl PeerFile {
         if **self.latest.borrow() == peers {
             return Ok(());
         }
-        let message = pb::Peers::from(&peers).encode_to_vec();
-        let mut content = checksum(&message).to_be_bytes().to_vec();
-        content.extend_from_slice(&message);
-        replace_file(folder, FILE, &content)?;
+        sealed::save(folder, FILE, &pb::Peers::from(&peers))?;
         self.latest.send_replace(Arc::new(peers));
         Ok(())
     }
 }
 
 fn decode(content: &[u8]) -> Result<Peers, String> {
-    let (sum, message) = content.split_first_chunk::<8>().ok_or("it is too short")?;
-    if u64::from_be_bytes(*sum) != checksum(message) {
-        return Err("its checksum is wrong".to_owned());
-    }
-    pb::Peers::decode(message).map(Peers::from).map_err(|error| error.to_string())
+    pb::Peers::decode(sealed::unseal(content)?).map(Peers::from).map_err(|error| error.to_string())
 }
 
 #[cfg(test)]
