@@ -304,10 +304,18 @@ fn unavailable(operations: &[Operation], from: Duration, to: Duration) -> Durati
             waiting_since = Some(since);
         }
     }
-    if let Some(since) = waiting_since {
-        longest = longest.max(to.saturating_sub(since.max(from)));
+    // To the end of the last attempt: a key with several unknown operations is asked for no more, which says nothing of who serves it.
+    if let Some(since) = waiting_since.filter(|since| *since < to)
+        && let Some(last) = last_end(operations)
+    {
+        longest = longest.max(last.saturating_sub(since.max(from)));
     }
     longest
+}
+
+/// When the last attempt of a client ended.
+fn last_end(operations: &[Operation]) -> Option<Duration> {
+    operations.iter().filter(|operation| operation.client != READER).map(|operation| operation.completed).max()
 }
 
 /// The operations of one key around one of them, and what was done to the cluster about that time.
@@ -388,5 +396,17 @@ mod tests {
         assert_eq!(milliseconds(300, 500), 300);
         assert_eq!(milliseconds(0, 200), 500);
         assert_eq!(milliseconds(605, 1000), 10);
+    }
+
+    #[test]
+    fn a_key_that_nobody_asks_for_any_more_is_unavailable_to_the_end_of_the_last_attempt() {
+        let mut history = History::default();
+        history.add(operation(1, 0, 10, Action::Increment, done(1)));
+        history.add(operation(1, 100, 2100, Action::Increment, Outcome::Unknown));
+        history.add(operation(2, 150, 5150, Action::Increment, Outcome::Unknown));
+        let milliseconds =
+            |from, to| history.unavailable(Duration::from_millis(from), Duration::from_millis(to)).as_millis();
+        assert_eq!(milliseconds(0, 60_000), 5050);
+        assert_eq!(milliseconds(0, 90), 10);
     }
 }
