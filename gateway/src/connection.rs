@@ -3,7 +3,9 @@
 //! The connection belongs to its worker's thread. Its task only waits for the socket; answers of stores are put into the ring, and the ring
 //! into the socket, by whoever brings them: waking the task for each would cost more than the work.
 
-use crate::command::{Ask, Context};
+mod refusals;
+
+use crate::command::{Ask, Context, Round};
 use crate::dispatch::{self, Flow};
 use crate::resp::encode;
 use crate::resp::scanner::{Scan, Scanner};
@@ -24,10 +26,11 @@ use std::time::{Duration, Instant};
 use tokio::io::Interest;
 use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::OwnedSemaphorePermit;
-use vasto_proto::batch::{FLAG_AFTER_REFUSAL, FLAG_LARGE_PERMIT, Outcome};
+use vasto_proto::batch::FLAG_AFTER_REFUSAL;
 use vasto_proto::command::ReplyWriter;
 use vasto_proto::command::table::Command;
 use vasto_proto::error::{self, CommandError};
+use vasto_proto::id::ShardKey;
 use vasto_proto::net::LARGE_VALUE_BYTES;
 
 /// Bytes read at once into a buffer that all connections of a worker share: an idle connection keeps none.
@@ -134,6 +137,10 @@ pub struct State {
     pub outstanding: usize,
     refused: Vec<Refused>,
     refused_since: Option<Instant>,
+    /// Shards whose stores refuse what comes next of this connection, until it says that it knows of their refusals.
+    refusing: Vec<ShardKey>,
+    /// What is under way was sent by another topology, under which it may have had another way: later commands wait until it has come back.
+    keeps_order: bool,
     /// Later commands wait until the ring is empty.
     pub is_barred: bool,
     pub closing: Closing,
@@ -155,9 +162,37 @@ impl State {
         self.closing == Closing::No
             && !self.is_barred
             && !self.is_waiting_for_permit
-            && self.refused.is_empty()
+            && !self.must_wait_for_earlier()
             && self.ring.len() < self.window
             && self.output.len() - self.output_at < self.output_bytes_max
+    }
+
+    /// What was sent before may still run behind what would be sent now.
+    pub fn must_wait_for_earlier(&self) -> bool {
+        self.keeps_order || !self.refused.is_empty()
+    }
+
+    /// The flag of the next operation for a shard: set if its store waits for a sign that its refusals are known. All that it has refused
+    /// has come back, since nothing is sent before that.
+    pub fn after_refusal(&mut self, shard: ShardKey) -> u32 {
+        if self.refusing.is_empty() {
+            return 0;
+        }
+        match self.refusing.iter().position(|known| *known == shard) {
+            Some(place) => {
+                self.refusing.swap_remove(place);
+                FLAG_AFTER_REFUSAL
+            }
+            None => 0,
+        }
+    }
+
+    /// An operation is no longer under way.
+    fn note_return(&mut self) {
+        self.outstanding -= 1;
+        if self.outstanding == 0 {
+            self.keeps_order = false;
+        }
     }
 
     pub fn next_sequence(&self) -> u64 {
@@ -211,6 +246,8 @@ impl Connection {
             outstanding: 0,
             refused: Vec::new(),
             refused_since: None,
+            refusing: Vec::new(),
+            keeps_order: false,
             is_barred: false,
             closing: Closing::No,
             saw_end: false,
@@ -487,7 +524,7 @@ impl Connection {
             return;
         }
         let state = &mut *self.state.borrow_mut();
-        state.outstanding -= 1;
+        state.note_return();
         let index = (request.sequence - state.first_sequence) as usize;
         match &mut state.ring[index].reply {
             PendingReply::Waiting => self.settle(state, index, body, || {
@@ -531,28 +568,9 @@ impl Connection {
         self.answered(request, &packed, &[]);
     }
 
-    /// The request was not executed and may be sent again.
-    pub fn refused(self: &Rc<Self>, refused: Refused) {
-        if self.is_closed.get() {
-            return;
-        }
-        let state = &mut *self.state.borrow_mut();
-        state.outstanding -= 1;
-        state.refused_since.get_or_insert(refused.since);
-        state.refused.push(refused);
-        self.resend_refused(state);
-    }
-
-    /// Sends refused requests again, in order, once everything that was under way behind them has come back.
-    fn resend_refused(self: &Rc<Self>, state: &mut State) {
-        if state.refused.is_empty() || state.outstanding > 0 || state.is_waiting_for_permit {
-            return;
-        }
-        if state.refused.iter().any(|refused| refused.outcome == Outcome::NeedsLargePermit) && state.permit.is_none() {
-            self.wait_for_permit(state);
-        } else {
-            self.worker.check_later(self);
-        }
+    /// Something of this connection is under way by another topology than the newest, so what comes next must not have another way yet.
+    pub fn keep_order(&self) {
+        self.state.borrow_mut().keeps_order = true;
     }
 
     /// True for the first who asks until the next [`Connection::check`]: thousands may wait for one primary.
@@ -572,67 +590,6 @@ impl Connection {
             self.flush(state);
         }
         self.wake();
-    }
-
-    fn send_refused_again(self: &Rc<Self>, state: &mut State) {
-        let deadline = self.shared().settings.request_deadline();
-        let is_late = state.refused_since.is_some_and(|since| since.elapsed() > deadline);
-        let routing = self.worker.routing();
-        let mut refused = std::mem::take(&mut state.refused);
-        refused.sort_by_key(|refused| (refused.request.sequence, refused.request.part));
-        let mut told = Vec::new();
-        let mut parked = Vec::new();
-        for operation in refused {
-            let target = operation.request.target;
-            let keyspace = routing.keyspace(target.keyspace);
-            let owner = keyspace.and_then(|keyspace| keyspace.owner(target.shard));
-            match owner {
-                Some((store, epoch)) if !is_late && !self.worker.link(store).is_given_up(deadline) => {
-                    let mut flags = 0;
-                    if !told.contains(&target) {
-                        told.push(target);
-                        flags |= FLAG_AFTER_REFUSAL;
-                    }
-                    if state.permit.is_some() {
-                        flags |= FLAG_LARGE_PERMIT;
-                    }
-                    state.outstanding += 1;
-                    self.worker.link(store).push_again(self, &operation, epoch, flags);
-                }
-                None if !is_late && keyspace.is_some_and(|keyspace| keyspace.is_vacant(target.shard)) => {
-                    parked.push(operation);
-                }
-                Some(_) | None => {
-                    let error = if operation.outcome == Outcome::NoReplicas {
-                        error::NO_REPLICAS
-                    } else {
-                        error::shard_unreachable(&operation.text)
-                    };
-                    let mut packed = Vec::new();
-                    ReplyWriter::new(&mut packed).error(error.text());
-                    self.settle_failed(state, &operation.request, &packed);
-                }
-            }
-        }
-        if !parked.is_empty() {
-            // What was refused meanwhile (a further round of a command) belongs behind it.
-            parked.append(&mut state.refused);
-            state.refused = parked;
-            state.refused_since.get_or_insert_with(Instant::now);
-            self.worker.check_later(self);
-        } else if state.outstanding == 0 && state.refused.is_empty() {
-            state.refused_since = None;
-        }
-    }
-
-    /// A request that cannot be sent, since its shard has no primary: it waits for one like a refused one.
-    pub fn park(self: &Rc<Self>, state: &mut State, request: Request, operation: Vec<u8>) {
-        let text = error::vacant(request.target);
-        let since = Instant::now();
-        let refused = Refused { request, outcome: Outcome::NotServing, text, since, operation: operation.into() };
-        state.refused_since.get_or_insert(since);
-        state.refused.push(refused);
-        self.worker.check_later(self);
     }
 
     fn settle_failed(self: &Rc<Self>, state: &mut State, request: &Request, packed: &[u8]) {
@@ -794,26 +751,53 @@ impl Connection {
         };
         let answers = std::mem::take(&mut progress.answers).into_iter().map(Option::unwrap_or_default).collect();
         let context = &mut self.context(&mut state.session, &routing, &mut packed);
-        match progress.ask.next(context, answers) {
+        let round = progress.ask.next(context, answers);
+        self.take_round(state, index, round, packed);
+    }
+
+    /// The operations of a round anew: the number of shards has changed since it was planned, and some of it was refused.
+    fn same_round_again(self: &Rc<Self>, state: &mut State, index: usize) {
+        let routing = self.worker.routing();
+        let mut packed = Vec::new();
+        let PendingReply::Ask(progress) = &mut state.ring[index].reply else {
+            unreachable!("only a command in rounds has a round again");
+        };
+        let answered = std::mem::take(&mut progress.answers);
+        let context = &mut self.context(&mut state.session, &routing, &mut packed);
+        let round = progress.ask.again(context, &answered);
+        self.take_round(state, index, round, packed);
+    }
+
+    /// What a command in rounds wants next; `packed` is its reply if it is done.
+    fn take_round(
+        self: &Rc<Self>,
+        state: &mut State,
+        index: usize,
+        round: Result<Round, CommandError>,
+        mut packed: Vec<u8>,
+    ) {
+        let PendingReply::Ask(progress) = &mut state.ring[index].reply else {
+            unreachable!("only a command in rounds has another round");
+        };
+        let sequence = state.first_sequence + index as u64;
+        match round {
             // A command of a transaction that asks nobody.
-            Ok(crate::command::Round::Again(requests)) if requests.is_empty() => {
+            Ok(Round::Again(requests)) if requests.is_empty() => {
                 progress.answers.clear();
                 self.next_round(state, index);
             }
-            Ok(crate::command::Round::Again(requests)) => {
+            Ok(Round::Again(requests)) => {
                 progress.answers = vec![None; requests.len()];
                 progress.left = requests.len();
-                let sequence = state.first_sequence + index as u64;
                 dispatch::send_requests(self, state, sequence, requests);
             }
-            Ok(crate::command::Round::Later { pause, requests, .. }) => {
+            Ok(Round::Later { pause, requests, .. }) => {
                 progress.answers = vec![None; requests.len()];
                 progress.left = requests.len();
-                let sequence = state.first_sequence + index as u64;
                 state.session.client.set_blocked(true);
                 self.go_on_later(sequence, pause, requests);
             }
-            Ok(crate::command::Round::Done) => {
+            Ok(Round::Done) => {
                 self.settle_named(state, index, &packed);
             }
             Err(error) => {

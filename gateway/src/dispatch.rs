@@ -12,7 +12,8 @@ use crate::upstream::pool::{ALONE_BYTES, Request};
 use std::rc::Rc;
 use std::time::Instant;
 use vasto_proto::batch::{
-    Arguments, FLAG_AFTER_REFUSAL, FLAG_FROM_REPLICA, FLAG_LARGE_PERMIT, OperationHead, write_bytes, write_operation,
+    Arguments, FLAG_AFTER_REFUSAL, FLAG_FROM_REPLICA, FLAG_LARGE_PERMIT, OperationHead, with_shard_count, write_bytes,
+    write_operation,
 };
 use vasto_proto::command::table::{self, Command, GatewayCommand, StoreCommand};
 use vasto_proto::command::{Args, CommandSpec, Flags, ReplyWriter, Route};
@@ -282,7 +283,7 @@ fn send(connection: &Rc<Connection>, state: &mut State, command: StoreCommand, l
     let plan = if is_one_simple_key {
         Ok(Plan::One(keyspace.shard_key(keyspace.shard_of_key(line.word(spec.keys.first as usize)))))
     } else {
-        plan::plan(spec, line, &keyspace, &worker.routing())
+        plan::plan(spec, &line, &keyspace, &worker.routing())
     };
     let row = Command::Store(command);
     let started = worker.now();
@@ -319,6 +320,8 @@ fn send(connection: &Rc<Connection>, state: &mut State, command: StoreCommand, l
                 sender.request.part = index as u32;
                 match &part.groups {
                     None => {
+                        // Refused by some shards it may have to run again in all: nothing may have run behind it.
+                        state.is_barred = true;
                         let words = line.words_from(spec.name_words());
                         let bytes = line.words_from(1).map(|word| word.len() + 4).sum();
                         sender.send(connection, state, words, bytes);
@@ -408,6 +411,7 @@ impl Sender {
         if link.holds_up(connection) {
             return Err(NoWay::Full);
         }
+        let flags = with_shard_count(flags, keyspace.shard_count());
         let request = Request { target, epoch, command: command.code(), flags, is_read, sequence: 0, part: 0 };
         Ok(Self { link, request })
     }
@@ -427,7 +431,10 @@ impl Sender {
             self.request.flags |= FLAG_LARGE_PERMIT;
         }
         if !self.request.is_read {
-            state.session.written.note(self.request.target);
+            state.session.written.note(self.request.target, self.request.shard_count());
+        }
+        if self.request.flags & FLAG_FROM_REPLICA == 0 {
+            self.request.flags |= state.after_refusal(self.request.target);
         }
         state.outstanding += 1;
         self.link.push(connection, self.request, words, bytes);
@@ -438,28 +445,32 @@ impl Sender {
 pub fn send_requests(connection: &Rc<Connection>, state: &mut State, sequence: u64, requests: Vec<ShardRequest>) {
     let worker = connection.worker();
     let routing = worker.routing();
+    let must_wait = state.must_wait_for_earlier();
     for (part, request) in requests.iter().enumerate() {
-        let owner = routing.keyspace(request.target.keyspace).and_then(|keyspace| keyspace.owner(request.target.shard));
-        let spec = request.command.spec();
-        let operation = Request {
-            target: request.target,
+        let target = request.target;
+        let keyspace = routing.keyspace(target.keyspace);
+        let owner = keyspace.and_then(|keyspace| keyspace.owner(target.shard));
+        let shard_count = keyspace.map_or(0, |keyspace| keyspace.shard_count());
+        let flags = if state.has_permit() { FLAG_LARGE_PERMIT } else { 0 };
+        let mut operation = Request {
+            target,
             epoch: owner.map(|(_, epoch)| epoch).unwrap_or_default(),
             command: request.command.code(),
-            flags: if state.has_permit() { FLAG_LARGE_PERMIT } else { 0 },
-            is_read: spec.flags.contains(Flags::READONLY),
+            flags: with_shard_count(flags, shard_count),
+            is_read: request.command.spec().flags.contains(Flags::READONLY),
             sequence,
             part: part as u32,
         };
         let arguments = || request.arguments.iter().map(Vec::as_slice);
         if request.command == StoreCommand::InternalExec {
-            state.session.written.note(request.target);
+            state.session.written.note(target, shard_count);
         }
-        let Some((store, _)) = owner else {
+        let Some((store, _)) = owner.filter(|_| !must_wait) else {
             let mut packed = Vec::new();
             let head = OperationHead {
                 id: 0,
                 connection: connection.id(),
-                target: operation.target,
+                target,
                 epoch: operation.epoch,
                 command: operation.command,
                 flags: operation.flags,
@@ -469,6 +480,7 @@ pub fn send_requests(connection: &Rc<Connection>, state: &mut State, sequence: u
             continue;
         };
         let bytes = arguments().map(|argument| argument.len() + 4).sum();
+        operation.flags |= state.after_refusal(target);
         state.outstanding += 1;
         worker.link(store).push(connection, operation, arguments(), bytes);
     }

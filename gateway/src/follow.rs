@@ -216,8 +216,9 @@ fn log_changes(before: &Snapshot, after: &Snapshot) {
     }
     for keyspace in &after.keyspaces {
         if before.keyspace(keyspace.id).map(|before| before.epoch) != Some(keyspace.epoch) {
-            let shards = keyspace.shards.len();
-            info!(keyspace = keyspace.name, epoch = %keyspace.epoch, shards, "topology of keyspace");
+            let (shards, phase) =
+                (keyspace.shard_count(), keyspace.active_operation().map(|operation| operation.phase));
+            info!(keyspace = keyspace.name, epoch = %keyspace.epoch, shards, ?phase, "topology of keyspace");
         }
     }
 }

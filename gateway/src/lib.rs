@@ -11,6 +11,7 @@ mod dispatch;
 pub mod follow;
 mod listener;
 pub mod metrics;
+mod operation;
 pub mod process;
 mod resp;
 mod route;

@@ -1,10 +1,12 @@
 //! Publishes the gateway's figures through the `metrics` crate, and takes the samples that INFO's rates need.
 
+use crate::operation::phase_word;
 use crate::shared::Shared;
 use crate::statistics::{Figures, LATENCY_BUCKETS, spec_of_row};
 use metrics::{Unit, counter, describe_counter, describe_gauge, gauge};
 use std::time::Duration;
 use tokio_util::sync::CancellationToken;
+use vasto_proto::topology::{KeyspaceRecord, Phase};
 
 /// Between two samples.
 const SAMPLE_INTERVAL: Duration = Duration::from_millis(250);
@@ -37,6 +39,7 @@ pub fn describe() {
     );
     describe_counter!("vasto_gateway_input_bytes_total", Unit::Bytes, "Bytes read from clients");
     describe_counter!("vasto_gateway_output_bytes_total", Unit::Bytes, "Bytes written to clients");
+    describe_gauge!("vasto_gateway_operations", "Keyspaces that are being resized or have a store replaced, by phase");
     describe_gauge!("vasto_gateway_connections", "Client connections now");
     describe_gauge!("vasto_gateway_commands_per_second", "Commands executed per second at present");
 }
@@ -69,6 +72,12 @@ pub fn publish(shared: &Shared) {
     counter!("vasto_gateway_connections_rejected_total").absolute(figures.connections_rejected);
     counter!("vasto_gateway_input_bytes_total").absolute(figures.input_bytes);
     counter!("vasto_gateway_output_bytes_total").absolute(figures.output_bytes);
+    let snapshot = shared.masters.latest();
+    for phase in [Phase::Copy, Phase::Fence, Phase::Committed, Phase::Clean] {
+        let operations = snapshot.keyspaces.iter().filter_map(KeyspaceRecord::active_operation);
+        let count = operations.filter(|operation| operation.phase == phase).count();
+        gauge!("vasto_gateway_operations", "phase" => phase_word(phase)).set(count as f64);
+    }
     for (word, count) in crate::statistics::ERROR_WORDS.iter().zip(figures.errors) {
         if count > 0 {
             counter!("vasto_gateway_errors_total", "code" => *word).absolute(count);

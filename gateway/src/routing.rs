@@ -19,9 +19,14 @@ impl KeyspaceRoutes {
         Self { slots: SlotTable::new(record.shard_count()), record: record.clone() }
     }
 
+    /// By how many shards slots are assigned; the record describes more while their number changes.
+    pub fn shard_count(&self) -> u16 {
+        self.record.shard_count()
+    }
+
     pub fn shard_of_key(&self, key: &[u8]) -> ShardId {
         // One shard owns every slot: nothing to hash.
-        if self.record.shards.len() == 1 { ShardId(0) } else { self.slots.shard(slot_of(key)) }
+        if self.shard_count() == 1 { ShardId(0) } else { self.slots.shard(slot_of(key)) }
     }
 
     pub fn shard_of_slot(&self, slot: u16) -> ShardId {
@@ -33,7 +38,7 @@ impl KeyspaceRoutes {
     }
 
     pub fn shard_keys(&self) -> impl Iterator<Item = ShardKey> + '_ {
-        (0..self.record.shard_count()).map(|shard| self.shard_key(ShardId(shard)))
+        (0..self.shard_count()).map(|shard| self.shard_key(ShardId(shard)))
     }
 
     /// The store that serves a shard, and under which epoch; `None` if the shard is vacant or does not exist (any more).
@@ -96,6 +101,11 @@ impl Routing {
 
     pub fn keyspace(&self, id: KeyspaceId) -> Option<&Rc<KeyspaceRoutes>> {
         self.keyspaces.get(&id)
+    }
+
+    /// Whether slots of the keyspace are (still) assigned by so many shards; yes of one that is not known.
+    pub fn is_assigned_by(&self, keyspace: KeyspaceId, shard_count: u16) -> bool {
+        self.keyspace(keyspace).is_none_or(|keyspace| keyspace.shard_count() == shard_count)
     }
 
     /// Whether the master hears of the store.

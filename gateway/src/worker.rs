@@ -62,6 +62,8 @@ pub struct Worker {
     spare_buffers: RefCell<Vec<Vec<u8>>>,
     to_check: RefCell<Vec<Rc<Connection>>>,
     check_wanted: Notify,
+    /// When the topology was taken up by which this worker routes.
+    adopted_at: Cell<Instant>,
     now: Cell<Instant>,
     now_ms: Cell<u64>,
     large_permits: Arc<Semaphore>,
@@ -94,6 +96,7 @@ impl Worker {
             spare_buffers: RefCell::default(),
             to_check: RefCell::default(),
             check_wanted: Notify::new(),
+            adopted_at: Cell::new(Instant::now()),
             now: Cell::new(Instant::now()),
             now_ms: Cell::new(crate::clients::unix_ms()),
             large_permits,
@@ -132,6 +135,11 @@ impl Worker {
 
     pub fn routing(&self) -> Rc<Routing> {
         Rc::clone(&self.routing.borrow())
+    }
+
+    /// What was sent earlier may have gone by another topology.
+    pub fn adopted_at(&self) -> Instant {
+        self.adopted_at.get()
     }
 
     /// Reads the clock: once a turn (a read, a batch of answers) instead of once a command.
@@ -236,6 +244,7 @@ impl Worker {
     /// Routes by this snapshot from now on.
     pub fn adopt(&self, snapshot: Arc<Snapshot>) {
         self.read_clock();
+        self.adopted_at.set(self.now());
         let routing = Rc::new(Routing::new(snapshot));
         let before = self.routing.replace(Rc::clone(&routing));
         for (store, link) in self.open_links() {

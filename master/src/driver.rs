@@ -4,17 +4,19 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use metrics::{counter, gauge};
+use metrics::{counter, gauge, histogram};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 use vasto_proto::pb;
-use vasto_proto::topology::{KeyspaceRecord, Snapshot};
+use vasto_proto::topology::{KeyspaceRecord, Phase, Snapshot};
 
 use crate::failover::Planned;
 use crate::keyspaces::Creation;
 use crate::leadership::Notice;
+use crate::operations::{Doing, OperationWish};
+use crate::progress::Step;
 use crate::state::{
     Action, AlterError, AlterResult, Alteration, Effect, Event, Refusal, Report, RequestId, SessionId, State,
 };
@@ -42,6 +44,7 @@ enum Input {
     Reported { session: SessionId, report: Box<Report> },
     Ended { session: SessionId, reason: Option<SessionEnd> },
     Change { change: Change, answer: oneshot::Sender<AlterResult> },
+    AskedForOperation { name: String, answer: oneshot::Sender<Result<pb::OperationStatus, AlterError>> },
 }
 
 /// A change of a keyspace, as a gateway asks for it.
@@ -53,6 +56,8 @@ pub enum Change {
     Drop(String),
     /// Another primary for a shard.
     Failover(Planned),
+    /// What is done with the keyspace as a whole; answered when its record says so.
+    Operate(OperationWish),
 }
 
 /// The way to the driver for the rpc module.
@@ -96,6 +101,13 @@ impl Link {
     pub async fn change(&self, change: Change) -> Result<KeyspaceRecord, AlterFailure> {
         let (answer, answered) = oneshot::channel();
         self.send(Input::Change { change, answer }).await.map_err(|_| AlterFailure::Stopped)?;
+        answered.await.map_err(|_| AlterFailure::Stopped)?.map_err(AlterFailure::Refused)
+    }
+
+    /// How far the operation of a keyspace has come.
+    pub async fn operation_status(&self, name: String) -> Result<pb::OperationStatus, AlterFailure> {
+        let (answer, answered) = oneshot::channel();
+        self.send(Input::AskedForOperation { name, answer }).await.map_err(|_| AlterFailure::Stopped)?;
         answered.await.map_err(|_| AlterFailure::Stopped)?.map_err(AlterFailure::Refused)
     }
 
@@ -172,7 +184,13 @@ impl Driver {
                             Change::Create(creation) => Event::CreateRequested { request, creation },
                             Change::Drop(name) => Event::DropRequested { request, name },
                             Change::Failover(planned) => Event::FailoverRequested { request, planned },
+                            Change::Operate(wish) => Event::OperationRequested { request, wish },
                         }
+                    }
+                    Some(Input::AskedForOperation { name, answer }) => {
+                        // Whoever asked may be gone.
+                        let _ = answer.send(self.state.operation_status(&name, start.elapsed()));
+                        continue;
                     }
                     None => return,
                 },
@@ -212,6 +230,11 @@ impl Driver {
                 }
             }
         }
+        let steps = self.state.take_steps();
+        if !steps.is_empty() {
+            gauge!("vasto_master_operations").set(self.state.operations_running() as f64);
+        }
+        steps.iter().for_each(log_step);
         // The topology first: who hears that a change holds finds it there.
         self.publish();
         for (request, result) in self.state.take_answers() {
@@ -280,6 +303,39 @@ impl Driver {
         gauge!("vasto_master_leads").set(if snapshot.leadership.is_own { 1.0 } else { 0.0 });
         gauge!("vasto_master_topology_version").set(snapshot.version as f64);
         self.topology.send_replace(Arc::new(snapshot.clone()));
+    }
+}
+
+/// Writes a step of an operation to the log, and counts it.
+fn log_step(step: &Step) {
+    let Step { keyspace, operation, before, elapsed, waited_for } = step;
+    let doing = Doing::from(operation).to_string();
+    let id = operation.id;
+    let took_ms = before.map_or(0, |(_, took)| took.as_millis());
+    let elapsed_ms = elapsed.as_millis();
+    if let Some((Phase::Fence, took)) = before {
+        histogram!("vasto_master_fence_seconds").record(took.as_secs_f64());
+    }
+    match (operation.phase, before) {
+        (Phase::Copy, Some((Phase::Fence, _))) => {
+            counter!("vasto_master_fences_lifted_total").increment(1);
+            warn!(keyspace, id, took_ms, waited_for, "fence lifted: the slots go back to who had them");
+        }
+        (Phase::Copy, _) => info!(keyspace, id, doing, "operation begins"),
+        (Phase::Fence, None) | (Phase::Committed | Phase::Clean, None) => {
+            info!(keyspace, id, doing, "operation goes on under this master");
+        }
+        (Phase::Fence, Some(_)) => info!(keyspace, id, took_ms, "fence set: slots that go elsewhere are held"),
+        (Phase::Committed, Some(_)) => info!(keyspace, id, took_ms, "slots handed over"),
+        (Phase::Clean, Some(_)) => info!(keyspace, id, took_ms, "all stores know; rows are deleted where they were"),
+        (Phase::Done, _) => {
+            counter!("vasto_master_operations_total", "end" => "done").increment(1);
+            info!(keyspace, id, elapsed_ms, "operation done");
+        }
+        (Phase::Aborted, _) => {
+            counter!("vasto_master_operations_total", "end" => "aborted").increment(1);
+            warn!(keyspace, id, elapsed_ms, reason = operation.reason, "operation aborted");
+        }
     }
 }
 

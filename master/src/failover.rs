@@ -15,6 +15,7 @@ use vasto_proto::id::{Epoch, ShardId, ShardKey, StoreId};
 use vasto_proto::topology::{KeyspaceRecord, NOBODY, Position, ShardRecord};
 
 use crate::copies::Copying;
+use crate::place;
 use crate::standing::{View, shards};
 
 /// A primary that is down for so long is replaced. Its store reports every half second, and a process that is started again is back sooner.
@@ -25,6 +26,9 @@ const SERVE_PATIENCE: Duration = Duration::from_secs(5);
 
 /// When enough copies have spoken, the others that are up are waited for so long: a power cut may have taken from one what another has.
 const SPEAK_PATIENCE: Duration = Duration::from_secs(1);
+
+/// Shards that a store which is replaced hands over at a time: each is served by nobody for a moment.
+const HAND_OVERS_MAX: usize = 4;
 
 /// A planned change of a primary, as a gateway asks for it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -54,8 +58,27 @@ pub enum PlannedError {
     NotInSync { name: String, shard: ShardId, states: String },
 }
 
+/// What may be done with the copies of a shard beside its primary.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tending {
+    AsWished,
+    /// Those that there are become replicas or go; none is added.
+    NoMore,
+    /// They stay as they are.
+    Not,
+}
+
 /// The next version of a record that is wished now; `None`: it is as it shall be, or must wait. The wish takes one step for each shard.
 pub fn next(record: &KeyspaceRecord, view: &View<'_>) -> Option<KeyspaceRecord> {
+    next_tending(record, view, |_| Tending::AsWished)
+}
+
+/// As [`next`], with less done for the copies of some shards.
+pub fn next_tending(
+    record: &KeyspaceRecord,
+    view: &View<'_>,
+    tending: impl Fn(ShardId) -> Tending,
+) -> Option<KeyspaceRecord> {
     if record.dropped {
         return None;
     }
@@ -65,6 +88,7 @@ pub fn next(record: &KeyspaceRecord, view: &View<'_>) -> Option<KeyspaceRecord> 
     for shard in &record.shards {
         *leads.entry(shard.primary).or_default() += 1;
     }
+    let mut hand_overs = record.shards.iter().filter(|shard| shard.previous != NOBODY).count();
     for (key, shard) in shards(record) {
         let step = if shard.is_vacant() {
             let chosen = choose(record, key, shard, view, &leads);
@@ -76,8 +100,21 @@ pub fn next(record: &KeyspaceRecord, view: &View<'_>) -> Option<KeyspaceRecord> 
             Some(vacant)
         } else if shard.previous != NOBODY {
             arrive(key, shard, view)
+        } else if let Some(step) = match tending(key.shard) {
+            Tending::AsWished => copying.step(record, key, shard),
+            Tending::NoMore => copying.step_without_more(record, key, shard),
+            Tending::Not => None,
+        } {
+            Some(step)
+        } else if hand_overs < HAND_OVERS_MAX && copying.may_hand_over(record, shard) {
+            let handed = hand_over(key, shard, copying.exchange().successor(shard), view, &leads);
+            if let Some(handed) = &handed {
+                hand_overs += 1;
+                *leads.entry(handed.primary).or_default() += 1;
+            }
+            handed
         } else {
-            copying.step(record, key, shard)
+            None
         };
         steps.extend(step.map(|step| (key.shard, step)));
     }
@@ -125,25 +162,40 @@ pub fn plan(record: &KeyspaceRecord, planned: &Planned, view: &View<'_>) -> Resu
     if !view.primary(key, before).is_some_and(|primary| primary.status.serves) {
         return Err(PlannedError::NoPrimary { name, shard, primary });
     }
-    let asked = before.replicas.iter().filter(|store| planned.to.is_none_or(|to| to == **store));
-    let leads = |store: StoreId| record.shards.iter().filter(|shard| shard.primary == store).count();
-    let ready = asked.clone().filter(|store| view.is_in_sync(key, before, **store));
-    let best = ready.min_by_key(|store| {
-        let applied = view.follower(key, before, **store).map_or(0, |follower| follower.applied);
-        (leads(**store), Reverse(applied), **store)
-    });
-    let Some(target) = best.copied() else {
+    let leads = place::count_copies(record.shards.iter().map(|shard| shard.primary));
+    let Some(after) = hand_over(key, before, planned.to, view, &leads) else {
+        let asked = before.replicas.iter().filter(|store| planned.to.is_none_or(|to| to == **store));
         let states: Vec<String> =
             asked.map(|store| format!("store {store} {}", state(*store, key, before, view))).collect();
         return Err(PlannedError::NotInSync { name, shard, states: states.join(", ") });
     };
-    let mut after = without(before, target);
-    after.replicas.push(primary);
-    let after = ShardRecord { epoch: Epoch(before.epoch.0 + 1), primary: target, previous: primary, ..after };
     let mut next = record.clone();
     next.epoch = Epoch(record.epoch.0 + 1);
     next.shards[usize::from(shard.0)] = after;
     Ok(next)
+}
+
+/// The shard with another primary, which first takes the end of the log of the one before: the best replica that is in sync, or that one.
+fn hand_over(
+    key: ShardKey,
+    before: &ShardRecord,
+    to: Option<StoreId>,
+    view: &View<'_>,
+    leads: &HashMap<StoreId, usize>,
+) -> Option<ShardRecord> {
+    let primary = before.primary;
+    if !view.primary(key, before).is_some_and(|primary| primary.status.serves) {
+        return None;
+    }
+    let asked = before.replicas.iter().filter(|store| to.is_none_or(|to| to == **store));
+    let ready = asked.filter(|store| view.is_in_sync(key, before, **store));
+    let target = *ready.min_by_key(|store| {
+        let applied = view.follower(key, before, **store).map_or(0, |follower| follower.applied);
+        (leads.get(store).copied().unwrap_or_default(), Reverse(applied), **store)
+    })?;
+    let mut after = without(before, target);
+    after.replicas.push(primary);
+    Some(ShardRecord { epoch: Epoch(before.epoch.0 + 1), primary: target, previous: primary, ..after })
 }
 
 /// How a replica that is not in sync is, in words.
@@ -179,8 +231,10 @@ fn vacate(record: &KeyspaceRecord, key: ShardKey, shard: &ShardRecord, view: &Vi
     vacant.primary = NOBODY;
     vacant.previous = NOBODY;
     vacant.replicas.push(shard.primary);
+    // One that is asked for nothing but where it stands answers that even if it does not serve.
+    let speaks = |store: StoreId| store != shard.primary || !is_idle || has_one_copy(record);
     let up: Vec<Voice> = voters(&vacant)
-        .filter(|store| view.is_up(*store) && (*store != shard.primary || !is_idle))
+        .filter(|store| view.is_up(*store) && speaks(*store))
         .filter_map(|store| Some(Voice { store, position: view.heard(key, store)?.status.position }))
         .collect();
     // Nobody would be chosen: the shard is no worse off with the primary that it has.
@@ -201,11 +255,16 @@ fn voters(shard: &ShardRecord) -> impl Iterator<Item = StoreId> {
     shard.replicas.iter().chain(left).copied()
 }
 
+/// Whether what was acknowledged is with one copy, wherever that is just now.
+fn has_one_copy(record: &KeyspaceRecord) -> bool {
+    record.copies <= 1
+}
+
 /// Whether one of these copies must have everything that was acknowledged, whoever of them that is.
 fn suffice_without_last(record: &KeyspaceRecord, vacant: &ShardRecord, voices: &[Voice]) -> bool {
     let min_replicas = record.settings.min_replicas() as usize;
     // Nothing was promised: whoever is there.
-    if min_replicas == 0 {
+    if min_replicas == 0 && !has_one_copy(record) {
         return !voices.is_empty();
     }
     let is_heard = |store: &&StoreId| voices.iter().any(|voice| voice.store == **store);
@@ -274,29 +333,30 @@ fn arrive(key: ShardKey, shard: &ShardRecord, view: &View<'_>) -> Option<ShardRe
 }
 
 #[cfg(test)]
-mod tests {
+pub mod tests {
     use super::*;
     use crate::place::{Candidate, Site};
+    use crate::replacing;
     use crate::standing::{Standing, Store};
     use std::collections::BTreeMap;
     use vasto_proto::id::KeyspaceId;
     use vasto_proto::topology::{Era, FollowerStatus, Role, Settings, ShardStatus};
 
     /// Stores and what they say, second by second.
-    struct Scene {
-        record: KeyspaceRecord,
-        standing: Standing,
-        stores: BTreeMap<StoreId, Store>,
-        now: Duration,
+    pub struct Scene {
+        pub record: KeyspaceRecord,
+        pub standing: Standing,
+        pub stores: BTreeMap<StoreId, Store>,
+        pub now: Duration,
     }
 
-    fn stores(ids: &[u32]) -> Vec<StoreId> {
+    pub fn stores(ids: &[u32]) -> Vec<StoreId> {
         ids.iter().map(|store| StoreId(*store)).collect()
     }
 
     impl Scene {
         /// Store 1 leads `shards` shards with replicas on `replicas`; all that it knows serve and are in sync.
-        fn new(shards: usize, replicas: &[u32], all: u32, min_replicas: u32) -> Self {
+        pub fn new(shards: usize, replicas: &[u32], all: u32, min_replicas: u32) -> Self {
             let mut record = KeyspaceRecord::new(KeyspaceId(7), "a", &vec![StoreId(1); shards]).unwrap();
             record.copies = 1 + replicas.len() as u32;
             record.settings = Settings { min_replicas: Some(min_replicas), ..Settings::default() };
@@ -313,13 +373,13 @@ mod tests {
             scene
         }
 
-        fn at(&self, store: u32, epoch: u64, sequence: u64) -> Option<Position> {
+        pub fn at(&self, store: u32, epoch: u64, sequence: u64) -> Option<Position> {
             let era = Era { epoch: Epoch(epoch), opened: 1 };
             self.stores.contains_key(&StoreId(store)).then_some(Position { era, sequence })
         }
 
         /// What a store in its role says of all its copies.
-        fn say(&mut self, store: u32, position: Option<Position>, serves: bool, in_sync: bool) {
+        pub fn say(&mut self, store: u32, position: Option<Position>, serves: bool, in_sync: bool) {
             let id = StoreId(store);
             let statuses = self.record.copies_of(id).map(|(shard, record)| {
                 let others = record.replicas.iter().chain(&record.learners).filter(|_| record.primary == id);
@@ -336,6 +396,9 @@ mod tests {
                     position,
                     serves: serves && record.primary == id,
                     followers: others.map(follower).collect(),
+                    bytes: 0,
+                    has_foreign_rows: false,
+                    moves: Vec::new(),
                 }
             });
             let statuses: Vec<ShardStatus> = statuses.collect();
@@ -344,7 +407,7 @@ mod tests {
         }
 
         /// Seconds pass, in which all that are up report.
-        fn pass(&mut self, seconds: u64) {
+        pub fn pass(&mut self, seconds: u64) {
             for _ in 0..seconds {
                 self.now += Duration::from_secs(1);
                 self.standing.note(&self.record, self.now);
@@ -355,12 +418,12 @@ mod tests {
             }
         }
 
-        fn goes(&mut self, store: u32) {
+        pub fn goes(&mut self, store: u32) {
             let store = self.stores.get_mut(&StoreId(store)).unwrap();
             (store.up, store.since) = (false, self.now);
         }
 
-        fn view(&self) -> View<'_> {
+        pub fn view(&self) -> View<'_> {
             View {
                 now: self.now,
                 began: Duration::ZERO,
@@ -370,14 +433,19 @@ mod tests {
             }
         }
 
-        fn wish(&self) -> Option<ShardRecord> {
-            next(&self.record, &self.view()).map(|record| record.shards[0].clone())
+        /// As a leader asks for it.
+        pub fn next(&self, view: &View<'_>) -> Option<KeyspaceRecord> {
+            replacing::next(&self.record, view).or_else(|| next(&self.record, view))
+        }
+
+        pub fn wish(&self) -> Option<ShardRecord> {
+            self.next(&self.view()).map(|record| record.shards[0].clone())
         }
 
         /// Takes the wish in, and all that are up follow it.
-        fn follow(&mut self) -> ShardRecord {
+        pub fn follow(&mut self) -> ShardRecord {
             let view = self.view();
-            let next = next(&self.record, &view).expect("something is wished");
+            let next = self.next(&view).expect("something is wished");
             let unfit = unfit(&self.record, &next, &view);
             next.validate().unwrap();
             for (key, epoch, store) in unfit {

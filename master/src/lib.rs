@@ -5,7 +5,8 @@
 //!
 //! `rpc` speaks gRPC, `driver` owns the one copy of `state` and carries out what it decides, `leadership` says whether this master leads and
 //! what it asks of the holders, `keyspaces` decides on new, altered and dropped keyspaces, `failover` on who leads a shard, `copies` on who holds
-//! it, both by what `standing` has heard; `place` chooses stores.
+//! it, both by what `standing` has heard; `resizing` on the steps to another number of shards and `replacing` on those away from a store, both by
+//! what `progress` has noted beside; `operations` says what can be asked for of the two; `place` chooses stores.
 
 mod copies;
 mod driver;
@@ -14,7 +15,11 @@ mod keyspaces;
 mod leadership;
 #[cfg(test)]
 mod model;
+mod operations;
 mod place;
+mod progress;
+mod replacing;
+mod resizing;
 mod rpc;
 mod standing;
 mod state;

@@ -1,6 +1,6 @@
 //! Random courses of one shard: stores with logs that die, hang, are cut off and return, records and reports that come late, masters that
-//! restart and know nothing. The master decides by [`failover::next`], [`failover::plan`] and [`keyspaces::alter`] themselves; the stores
-//! follow the rules of replication as far as positions and acknowledgements go.
+//! restart and know nothing. The master decides by [`failover::next`], [`failover::plan`], [`keyspaces::alter`] and [`replacing`] themselves;
+//! the stores follow the rules of replication as far as positions and acknowledgements go.
 //!
 //! Whoever leads an epoch must have everything that was acknowledged, and when all stores are back, all wished copies must have it. Each
 //! [`Fault`] takes one rule away, and must be found.
@@ -20,6 +20,7 @@ use vasto_proto::topology::{
 use crate::failover::{self, Planned};
 use crate::keyspaces;
 use crate::place::Candidate;
+use crate::replacing;
 use crate::standing::{Standing, Store, View};
 use crate::state::Alteration;
 
@@ -49,6 +50,8 @@ enum Fault {
     Raise,
     /// A store that catches up says that it stands in the era in which its primary writes now.
     Label,
+    /// While the only copy changes its place either of the two leads, whether the other was heard or not.
+    Alone,
 }
 
 #[derive(Clone, Debug)]
@@ -178,6 +181,9 @@ enum Step {
     PassLong,
     Alter(u8, u8),
     Plan(u8),
+    /// A store gives its copy to another one, or to the best.
+    Replace(u8, Option<u8>),
+    AbortReplace,
     /// All that run hear of the newest record, report and lead, and the master decides, so many times; nobody follows.
     Turn(u8),
     /// All that run do all they can, so many times.
@@ -212,6 +218,33 @@ fn step() -> impl Strategy<Value = Step> {
         8 => (1u8..5).prop_map(Step::Turn),
         1 => (1u8..6).prop_map(Step::Work),
     ]
+}
+
+/// The same, while stores are replaced.
+fn replacing_step() -> impl Strategy<Value = Step> {
+    let with = prop_oneof![Just(None), (0u8..5).prop_map(Some)];
+    prop_oneof![
+        30 => step(),
+        2 => (0u8..8, with).prop_map(|(store, with)| Step::Replace(store, with)),
+        1 => Just(Step::AbortReplace),
+        6 => (1u8..4).prop_map(Step::Work),
+    ]
+}
+
+/// With one copy, which everything depends on, if `copies` says so.
+fn replacing_course(copies: std::ops::RangeInclusive<u32>) -> impl Strategy<Value = Course> {
+    (3u32..=5)
+        .prop_flat_map(move |stores| (Just(stores), *copies.start()..=(*copies.end()).min(stores - 1)))
+        .prop_flat_map(|(stores, copies)| (Just(stores), Just(copies), copies.min(2) - 1..copies.max(1)))
+        .prop_flat_map(|(stores, copies, min_replicas)| {
+            let steps = prop::collection::vec(replacing_step(), 20..150);
+            steps.prop_map(move |mut steps| {
+                // Another number of copies is another course.
+                steps.retain(|step| copies > 1 || !matches!(step, Step::Alter(..)));
+                steps.insert(0, Step::Work(6));
+                Course { stores, copies, min_replicas, steps }
+            })
+        })
 }
 
 #[derive(Clone, Debug)]
@@ -325,6 +358,12 @@ impl World {
             Step::PassLong => self.now += REPLACE_AFTER,
             Step::Alter(copies, min_replicas) => self.alter(u32::from(copies), u32::from(min_replicas)),
             Step::Plan(store) => self.plan(self.store(store)),
+            Step::Replace(store, with) => self.replace(self.store(store), with.map(|with| self.store(with))),
+            Step::AbortReplace => {
+                if let Ok(next) = self.record().abort("it was asked for") {
+                    self.choose(next);
+                }
+            }
             Step::Turn(rounds) => {
                 for _ in 0..rounds {
                     self.turn();
@@ -510,6 +549,9 @@ impl World {
             position: node.copy.as_ref().filter(|copy| !copy.eras.is_empty()).map(|copy| copy.position),
             serves: node.lead.is_some(),
             followers: others.map(follower).collect(),
+            bytes: 0,
+            has_foreign_rows: false,
+            moves: Vec::new(),
         };
         let status = shard.copies().any(|copy| copy == store).then_some(status);
         let held = node.record.epoch;
@@ -570,10 +612,15 @@ impl World {
             }),
             Fault::Version => standing.change(|_, heard| heard.record = record.epoch),
             Fault::Quorum => {}
-            Fault::None | Fault::Vacancy | Fault::Witness | Fault::Raise | Fault::Label => {}
+            Fault::None | Fault::Vacancy | Fault::Witness | Fault::Raise | Fault::Label | Fault::Alone => {}
         }
         let view = self.view(&standing);
-        let Some(mut next) = failover::next(&record, &view) else { return };
+        let next = replacing::next(&record, &view).or_else(|| failover::next(&record, &view));
+        let hasty = Some(KeyspaceRecord { copies: 2, ..record.clone() }).filter(|_| self.fault == Fault::Alone);
+        let hasty = hasty.and_then(|record| failover::next(&record, &view));
+        let is_hasty = |hasty: &KeyspaceRecord| record.shards[0].is_vacant() || hasty.shards[0].is_vacant();
+        let hasty = hasty.filter(is_hasty).map(|hasty| KeyspaceRecord { copies: 1, ..hasty });
+        let Some(mut next) = hasty.or(next) else { return };
         let unfit = failover::unfit(&record, &next, &view);
         next.settings = self.record().settings.clone();
         if self.fault == Fault::Vacancy && next.shards[0].is_vacant() {
@@ -607,10 +654,17 @@ impl World {
         next.validate().unwrap();
         assert_eq!(next.epoch.0, self.record().epoch.0 + 1);
         assert!(next.shards[0].epoch >= self.record().shards[0].epoch);
+        if self.fault != Fault::Witness {
+            self.check_copies(&next);
+        }
         self.chosen.push(next);
     }
 
     fn alter(&mut self, copies: u32, min_replicas: u32) {
+        // The master refuses it.
+        if self.record().active_operation().is_some() {
+            return;
+        }
         let least = u32::from(self.promises);
         let copies = (1 + least + copies).min(self.stores.len() as u32);
         let min_replicas = (least + min_replicas).min(copies - 1);
@@ -638,6 +692,26 @@ impl World {
         if let Ok(next) = failover::plan(self.record(), &planned, &self.view(&self.master.standing)) {
             self.choose(next);
         }
+    }
+
+    fn replace(&mut self, store: StoreId, with: Option<StoreId>) {
+        if let Ok(next) = replacing::begin(self.record(), store, with, &self.view(&self.master.standing)) {
+            self.choose(next);
+        }
+    }
+
+    /// Never so few copies that count as without the one that is too many.
+    fn check_copies(&self, next: &KeyspaceRecord) {
+        let count = |record: &KeyspaceRecord| {
+            let shard = &record.shards[0];
+            shard.replicas.len() + usize::from(!shard.is_vacant())
+        };
+        let (before, after) = (count(self.record()), count(next));
+        assert!(after >= before.min(next.copies as usize), "of {before} copies that count {after} are left: {next:?}");
+        let shard = &next.shards[0];
+        let gone = self.record().shards[0].witnesses.iter().filter(|store| !shard.witnesses.contains(store));
+        let lost: Vec<&StoreId> = gone.filter(|store| !shard.copies().any(|copy| copy == **store)).collect();
+        assert!(lost.is_empty(), "witnesses {lost:?} are dropped before they are none any more");
     }
 
     /// All that run hear of the newest record, report and lead, and the master decides.
@@ -707,6 +781,7 @@ impl World {
             }
         }
         let record = self.record().clone();
+        assert_eq!(record.active_operation(), None, "all are back, and it does not end: {record:?}");
         let shard = &record.shards[0];
         assert!(!shard.is_vacant() && shard.previous == NOBODY && shard.witnesses.is_empty(), "{shard:?}");
         assert!(shard.learners.is_empty() && shard.replicas.len() + 1 == record.copies as usize, "{record:?}");
@@ -735,6 +810,16 @@ fn run(course: &Course, fault: Fault, promises: bool) {
 
 proptest! {
     #[test]
+    fn while_stores_are_replaced_nothing_is_lost_and_it_ends(course in replacing_course(2..=4)) {
+        run(&course, Fault::None, true);
+    }
+
+    #[test]
+    fn while_the_only_copy_changes_its_place_nothing_is_lost_and_it_ends(course in replacing_course(1..=1)) {
+        run(&course, Fault::None, true);
+    }
+
+    #[test]
     fn nothing_acknowledged_is_lost_and_all_copies_come_back(course in course(true)) {
         run(&course, Fault::None, true);
     }
@@ -749,7 +834,18 @@ proptest! {
 fn first_wrong(fault: Fault, courses: u32) -> Option<(u32, String)> {
     let rng = TestRng::deterministic_rng(prop::test_runner::RngAlgorithm::ChaCha);
     let mut runner = TestRunner::new_with_rng(Config::default(), rng);
-    let strategy = course(true);
+    let strategy = match fault {
+        Fault::Alone => replacing_course(1..=1).boxed(),
+        Fault::None
+        | Fault::Vacancy
+        | Fault::Quorum
+        | Fault::Position
+        | Fault::Last
+        | Fault::Witness
+        | Fault::Version
+        | Fault::Raise
+        | Fault::Label => course(true).boxed(),
+    };
     (1..=courses).find_map(|number| {
         let course = strategy.new_tree(&mut runner).unwrap().current();
         Some((number, wrong(&course, fault)?))
@@ -827,6 +923,13 @@ fn when_a_copy_goes_while_the_primary_still_counts_it_something_is_lost() {
 #[test]
 fn when_more_must_have_everything_and_that_is_relied_on_at_once_something_is_lost() {
     find(Fault::Raise);
+}
+
+#[test]
+fn when_one_of_two_places_of_the_only_copy_leads_unheard_something_is_lost() {
+    let (number, text) = first_wrong(Fault::Alone, FAULT_COURSES).expect("without the rule nothing goes wrong");
+    eprintln!("course {number} goes wrong: {text}");
+    assert!(text.contains("were acknowledged"), "course {number} goes wrong otherwise: {text}");
 }
 
 #[test]

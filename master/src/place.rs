@@ -43,12 +43,25 @@ pub struct TooFewStores {
 /// them those with the most free disk, of which stores on one disk have equal parts. Copies of one shard share neither a host nor a
 /// zone while there is another; a host weighs more. The same input in another order gives the same result.
 pub fn place(shard_count: u16, copies: usize, candidates: &[Candidate]) -> Result<Vec<Vec<StoreId>>, TooFewStores> {
+    place_beside(&HashMap::new(), shard_count, copies, candidates)
+}
+
+/// As [`place`], for more shards of a keyspace of which stores lead so many.
+pub fn place_beside(
+    leads: &HashMap<StoreId, usize>,
+    shard_count: u16,
+    copies: usize,
+    candidates: &[Candidate],
+) -> Result<Vec<Vec<StoreId>>, TooFewStores> {
     let copies = copies.max(1);
     if candidates.len() < copies {
         return Err(TooFewStores { copies, up: candidates.len() });
     }
     let mut places: Vec<Place<'_>> = candidates.iter().map(|candidate| Place::new(candidate, candidates)).collect();
     places.sort_by_key(|place| place.candidate.id);
+    for place in &mut places {
+        place.primaries = leads.get(&place.candidate.id).copied().unwrap_or_default();
+    }
     let mut shards = Vec::with_capacity(usize::from(shard_count));
     for _ in 0..shard_count {
         let mut chosen: Vec<usize> = Vec::with_capacity(copies);
@@ -171,6 +184,13 @@ mod tests {
         }
         let held: Vec<usize> = stores.iter().map(|store| store.held).collect();
         assert!(held.iter().max().unwrap() - held.iter().min().unwrap() <= 1, "{held:?}");
+    }
+
+    #[test]
+    fn more_shards_go_where_few_are_led() {
+        let leads = HashMap::from([(StoreId(1), 2), (StoreId(2), 1)]);
+        let placed = place_beside(&leads, 4, 1, &candidates(&[30, 20, 10])).unwrap();
+        assert_eq!(placed.concat(), [3, 2, 3, 1].map(StoreId), "all lead two or three");
     }
 
     #[test]

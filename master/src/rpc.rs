@@ -22,6 +22,7 @@ use crate::driver::{AlterFailure, Change, Link, SessionEnd, Stopped};
 use crate::failover::Planned;
 use crate::keyspaces::Creation;
 use crate::leadership::Ballot;
+use crate::operations::OperationWish;
 use crate::place::Site;
 use crate::state::{Alteration, Report, SessionId};
 
@@ -155,6 +156,50 @@ impl Master for Service {
         let planned = Planned { name: request.name, shard: ShardId(shard), to };
         let record = self.link.change(Change::Failover(planned)).await.map_err(not_changed)?;
         Ok(Response::new(pb::FailoverShardResponse { record: Some((&record).into()) }))
+    }
+
+    async fn resize_keyspace(
+        &self,
+        request: Request<pb::ResizeKeyspaceRequest>,
+    ) -> Result<Response<pb::OperationResponse>, Status> {
+        let request = request.into_inner();
+        require_version(request.protocol_version)?;
+        self.operate(OperationWish::Resize { name: request.name, shards: request.shards }).await
+    }
+
+    async fn replace_store(
+        &self,
+        request: Request<pb::ReplaceStoreRequest>,
+    ) -> Result<Response<pb::OperationResponse>, Status> {
+        let request = request.into_inner();
+        require_version(request.protocol_version)?;
+        let with = Some(StoreId(request.with_store_id)).filter(|store| store.0 != 0);
+        self.operate(OperationWish::Replace { name: request.name, store: StoreId(request.store_id), with }).await
+    }
+
+    async fn abort_operation(
+        &self,
+        request: Request<pb::AbortOperationRequest>,
+    ) -> Result<Response<pb::OperationResponse>, Status> {
+        let request = request.into_inner();
+        require_version(request.protocol_version)?;
+        self.operate(OperationWish::Abort { name: request.name }).await
+    }
+
+    async fn get_operation(
+        &self,
+        request: Request<pb::GetOperationRequest>,
+    ) -> Result<Response<pb::OperationStatus>, Status> {
+        let request = request.into_inner();
+        require_version(request.protocol_version)?;
+        Ok(Response::new(self.link.operation_status(request.name).await.map_err(not_changed)?))
+    }
+}
+
+impl Service {
+    async fn operate(&self, wish: OperationWish) -> Result<Response<pb::OperationResponse>, Status> {
+        let record = self.link.change(Change::Operate(wish)).await.map_err(not_changed)?;
+        Ok(Response::new(pb::OperationResponse { record: Some((&record).into()) }))
     }
 }
 

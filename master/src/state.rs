@@ -18,18 +18,24 @@ use std::time::Duration;
 
 use thiserror::Error;
 use vasto_proto::id::{ClusterId, Epoch, KeyspaceId, StoreId};
+use vasto_proto::pb;
 use vasto_proto::slot::splitmix64;
 use vasto_proto::topology::ballot::{Request, Term};
 use vasto_proto::topology::proposer::ProposeError;
 use vasto_proto::topology::{
-    Entry, Fsync, KeyspaceRecord, NOBODY, Peers, Settings, ShardRecord, ShardStatus, Snapshot, StoreInfo,
+    Entry, Fsync, KeyspaceRecord, NOBODY, OperationKind, Peers, Phase, Settings, ShardRecord, ShardStatus, Snapshot,
+    StoreInfo,
 };
-use vasto_proto::{COPIES_VERSION, DROP_VERSION, SETTINGS_VERSION};
+use vasto_proto::{COPIES_VERSION, DROP_VERSION, RESIZE_VERSION, SETTINGS_VERSION};
 
 use crate::failover::{self, Planned, PlannedError};
 use crate::keyspaces::{self, Creation, Decision, KeyspaceError};
 use crate::leadership::{Ballot, Founding, LEADER_SILENCE_MAX, Leadership, Notice, Voter};
+use crate::operations::{self, OperationError, OperationWish};
 use crate::place::{self, Site};
+use crate::progress::{self, Progresses, Step};
+use crate::replacing::{self, ReplaceError};
+use crate::resizing::{self, ResizeError};
 use crate::standing::{self, Standing};
 
 /// The keyspace that an empty cluster starts with; what `SELECT 0` means.
@@ -123,6 +129,12 @@ pub enum AlterError {
     Keyspace(#[from] KeyspaceError),
     #[error(transparent)]
     Planned(#[from] PlannedError),
+    #[error(transparent)]
+    Operation(#[from] OperationError),
+    #[error(transparent)]
+    Resize(#[from] ResizeError),
+    #[error(transparent)]
+    Replace(#[from] ReplaceError),
 }
 
 impl AlterError {
@@ -141,6 +153,9 @@ impl AlterError {
             | Self::Overruled { .. }
             | Self::NoMajority { .. }
             | Self::Planned(_)
+            | Self::Operation(_)
+            | Self::Resize(_)
+            | Self::Replace(_)
             | Self::Keyspace(_) => false,
         }
     }
@@ -212,6 +227,11 @@ pub enum Event {
         request: RequestId,
         planned: Planned,
     },
+    /// Answered when the record says so: what follows takes its time.
+    OperationRequested {
+        request: RequestId,
+        wish: OperationWish,
+    },
     TimePassed,
 }
 
@@ -273,6 +293,7 @@ pub struct State {
     pending: BTreeMap<KeyspaceId, Pending>,
     answers: Vec<(RequestId, AlterResult)>,
     standing: Standing,
+    progress: Progresses,
     snapshot: Snapshot,
 }
 
@@ -325,6 +346,7 @@ enum Wish {
     Create(Creation),
     Drop(String),
     FailOver(Planned),
+    Operate(OperationWish),
 }
 
 /// A change that waits for the holders, and then for its stores.
@@ -333,7 +355,17 @@ struct Pending {
     /// Several may want the same.
     requests: Vec<RequestId>,
     record: KeyspaceRecord,
+    until: Until,
     deadline: Duration,
+}
+
+/// When a change is answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Until {
+    /// It cannot be lost any more.
+    Chosen,
+    /// The stores with shards that are up keep it too.
+    Confirmed,
 }
 
 impl Member {
@@ -368,6 +400,7 @@ impl State {
             pending: BTreeMap::new(),
             answers: Vec::new(),
             standing: Standing::default(),
+            progress: Progresses::default(),
             snapshot: Snapshot::default(),
         };
         state.refresh_snapshot(Duration::ZERO);
@@ -413,6 +446,7 @@ impl State {
             Event::CreateRequested { request, creation } => self.wait(request, Wish::Create(creation), now),
             Event::DropRequested { request, name } => self.wait(request, Wish::Drop(name), now),
             Event::FailoverRequested { request, planned } => self.wait(request, Wish::FailOver(planned), now),
+            Event::OperationRequested { request, wish } => self.wait(request, Wish::Operate(wish), now),
             Event::TimePassed => {}
         }
         self.note_presence(now);
@@ -477,7 +511,8 @@ impl State {
             if !is_chosen {
                 continue;
             }
-            let is_awaited = self.pending.get(&record.id).is_some_and(|pending| pending.record == *record);
+            let is_awaited = |pending: &Pending| pending.record == *record && pending.until == Until::Confirmed;
+            let is_awaited = self.pending.get(&record.id).is_some_and(is_awaited);
             match self.records.get_mut(&record.id) {
                 Some(known) if known.record.epoch < record.epoch => {
                     known.record = record.clone();
@@ -513,21 +548,94 @@ impl State {
         for record in living {
             self.standing.note(record, now);
         }
-        self.standing.keep(|keyspace| self.records.get(&keyspace).is_some_and(|known| !known.record.dropped));
+        let lives = |keyspace| self.records.get(&keyspace).is_some_and(|known| !known.record.dropped);
+        self.standing.keep(lives);
+        self.progress.keep(lives);
+        self.note_operations(now);
         let under_way: BTreeSet<KeyspaceId> =
             self.leadership.records().filter(|(_, is_chosen)| !is_chosen).map(|(record, _)| record.id).collect();
         let view = self.standing_view(now);
-        let (mut wishes, mut unfit) = (Vec::new(), Vec::new());
+        let (mut wishes, mut unfit, mut lifted) = (Vec::new(), Vec::new(), Vec::new());
         for known in self.records.values().filter(|known| !under_way.contains(&known.record.id)) {
-            if let Some(next) = failover::next(&known.record, &view) {
-                unfit.extend(failover::unfit(&known.record, &next, &view));
+            let record = &known.record;
+            if let Some(next) = self.next_version(record, &view) {
+                unfit.extend(failover::unfit(record, &next, &view));
+                if phases(record, &next) == (Some(Phase::Fence), Some(Phase::Copy)) {
+                    lifted.push((record.id, self.operation_waits_for(record, &view)));
+                }
+                reach_fail_point_before(record, &next);
                 wishes.push(next);
             }
         }
         for (key, epoch, store) in unfit {
             self.standing.note_unfit(key, epoch, store);
         }
+        for (keyspace, reason) in lifted {
+            self.progress.note_lift(keyspace, reason);
+        }
         wishes
+    }
+
+    /// The next version of a record that is wished now.
+    fn next_version(&self, record: &KeyspaceRecord, view: &standing::View<'_>) -> Option<KeyspaceRecord> {
+        match record.active_operation().map(|operation| operation.kind) {
+            Some(OperationKind::Resize { .. }) => {
+                resizing::next(record, self.progress.of(record)?, &self.awaited(record), view)
+            }
+            Some(OperationKind::Replace { .. }) => replacing::next(record, view),
+            None => failover::next(record, view),
+        }
+    }
+
+    /// Takes in how far operations have come.
+    fn note_operations(&mut self, now: Duration) {
+        let mut progress = std::mem::take(&mut self.progress);
+        // Most of the time nothing goes on anywhere, and no view is needed.
+        let known = self.records.values().map(|known| &known.record);
+        let mut operating = known.filter(|record| progress.concerns(record)).collect::<Vec<_>>().into_iter().peekable();
+        if operating.peek().is_some() {
+            let view = self.standing_view(now);
+            for record in operating {
+                progress.note(record, &view);
+                progress.sample(record, &view);
+            }
+        }
+        self.progress = progress;
+    }
+
+    /// What the next step of a keyspace's operation waits for, in words.
+    fn operation_waits_for(&self, record: &KeyspaceRecord, view: &standing::View<'_>) -> String {
+        match (record.active_operation().map(|operation| operation.kind), self.progress.of(record)) {
+            (Some(OperationKind::Resize { .. }), Some(progress)) => {
+                resizing::waits_for(record, progress, &self.awaited(record), view)
+            }
+            (Some(OperationKind::Replace { .. }), _) => replacing::waits_for(record, view),
+            (Some(OperationKind::Resize { .. }) | None, _) => String::new(),
+        }
+    }
+
+    /// How far the operation of a keyspace has come.
+    pub fn operation_status(&self, name: &str, now: Duration) -> Result<pb::OperationStatus, AlterError> {
+        if !self.leadership.is_settled() {
+            self.may_change(now).map_err(|(NotNow::Yet(error) | NotNow::Never(error))| error)?;
+        }
+        let mut living = self.records.values().filter(|known| !known.record.dropped);
+        let Some(known) = living.find(|known| known.record.name == name) else {
+            return Err(AlterError::NoSuchKeyspace(name.to_owned()));
+        };
+        let view = self.standing_view(now);
+        let waits_for = self.operation_waits_for(&known.record, &view);
+        Ok(progress::describe(&known.record, self.progress.of(&known.record), waits_for, &view))
+    }
+
+    /// The steps of operations since the last time, for the log.
+    pub fn take_steps(&mut self) -> Vec<Step> {
+        self.progress.take_steps()
+    }
+
+    /// How many operations go on, as far as this master has seen.
+    pub fn operations_running(&self) -> usize {
+        self.progress.running()
     }
 
     /// Carries out the changes that wait, or answers why not, or lets them wait.
@@ -538,11 +646,23 @@ impl State {
                 Ok(()) => match wish {
                     Wish::Alter(alteration) => {
                         let altered = self.try_alter(&alteration, now);
-                        self.make(request, altered, asked);
+                        self.make(request, altered, asked, Until::Confirmed);
                     }
                     Wish::FailOver(planned) => {
                         let altered = self.try_fail_over(&planned, now);
-                        self.make(request, altered, asked);
+                        self.make(request, altered, asked, Until::Confirmed);
+                    }
+                    Wish::Operate(wish) => {
+                        let altered = self.try_operate(&wish, now);
+                        // The change before, of which the master itself may be the author, is about to be confirmed, or a shard to be served.
+                        let may_come = |error: &AlterError| {
+                            matches!(error, AlterError::Busy { .. } | AlterError::Resize(ResizeError::NotServed(_)))
+                        };
+                        if altered.as_ref().is_err_and(may_come) && now < asked + LEADER_PATIENCE {
+                            self.waiting.push(Waiting { request, wish: Wish::Operate(wish), asked });
+                        } else {
+                            self.make(request, altered, asked, Until::Chosen);
+                        }
                     }
                     Wish::Create(creation) => {
                         let decision = keyspaces::create(&self.view(now), &creation);
@@ -713,6 +833,7 @@ impl State {
         if let Some(records) = &report.records {
             member.held = records.iter().map(|record| (record.id, record.epoch)).collect();
         }
+        self.progress.hear(report.store, &report.shards, now);
         self.standing.hear(report.store, report.shards, &member.held, now);
         for record in report.records.into_iter().flatten() {
             let newer = self.records.get(&record.id).is_none_or(|known| known.record.epoch < record.epoch);
@@ -867,15 +988,15 @@ impl State {
         match decision {
             Ok(Decision::Holds(record)) => self.answers.push((request, Ok(record))),
             Err(error) => self.answers.push((request, Err(error.into()))),
-            Ok(Decision::UnderWay(record)) => self.await_change(request, record, asked),
-            Ok(Decision::Make(record)) => self.propose(request, record, asked),
+            Ok(Decision::UnderWay(record)) => self.await_change(request, record, asked, Until::Confirmed),
+            Ok(Decision::Make(record)) => self.propose(request, record, asked, Until::Confirmed),
         }
     }
 
-    fn propose(&mut self, request: RequestId, record: KeyspaceRecord, asked: Duration) {
+    fn propose(&mut self, request: RequestId, record: KeyspaceRecord, asked: Duration, until: Until) {
         let name = record.name.clone();
         let error = match self.leadership.propose(record.clone()) {
-            Ok(()) => return self.await_change(request, record, asked),
+            Ok(()) => return self.await_change(request, record, asked, until),
             Err(ProposeError::Busy | ProposeError::NotOneStore) => {
                 AlterError::Busy { name, stores: StoreList(self.leadership.awaited(record.id)) }
             }
@@ -886,13 +1007,13 @@ impl State {
         self.answers.push((request, Err(error)));
     }
 
-    fn await_change(&mut self, request: RequestId, record: KeyspaceRecord, asked: Duration) {
+    fn await_change(&mut self, request: RequestId, record: KeyspaceRecord, asked: Duration, until: Until) {
         match self.pending.get_mut(&record.id) {
             Some(pending) if pending.record == record => pending.requests.push(request),
             Some(_) | None => {
                 let deadline = asked + ALTER_PATIENCE;
                 let name = record.name.clone();
-                let pending = Pending { requests: vec![request], record, deadline };
+                let pending = Pending { requests: vec![request], record, until, deadline };
                 if let Some(overtaken) = self.pending.insert(pending.record.id, pending) {
                     let answer = |request| (request, Err(AlterError::Overtaken { name: name.clone() }));
                     self.answers.extend(overtaken.requests.into_iter().map(answer));
@@ -980,29 +1101,54 @@ impl State {
     }
 
     /// Proposes the next version of a record, or answers why not.
-    fn make(&mut self, request: RequestId, altered: Result<Altered, AlterError>, asked: Duration) {
+    fn make(&mut self, request: RequestId, altered: Result<Altered, AlterError>, asked: Duration, until: Until) {
         match altered {
             Ok(Altered::Nothing(record)) => self.answers.push((request, Ok(record))),
-            Ok(Altered::Made(record)) => self.propose(request, record, asked),
+            Ok(Altered::Made(record)) => self.propose(request, record, asked, until),
             Err(error) => self.answers.push((request, Err(error))),
         }
     }
 
     fn try_fail_over(&self, planned: &Planned, now: Duration) -> Result<Altered, AlterError> {
         let record = self.changeable(&planned.name, now)?;
+        operations::require_none(record)?;
         Ok(Altered::Made(failover::plan(record, planned, &self.standing_view(now))?))
     }
 
-    /// The newest record of a keyspace of which no change is under way.
-    fn changeable(&self, name: &str, now: Duration) -> Result<&KeyspaceRecord, AlterError> {
-        let name = name.to_owned();
+    /// The next version of a record with an operation begun or ended.
+    fn try_operate(&self, wish: &OperationWish, now: Duration) -> Result<Altered, AlterError> {
+        let record = self.newest_of(wish.name())?;
+        if let OperationWish::Abort { .. } = wish {
+            return Ok(Altered::Made(operations::abort(record)?));
+        }
+        operations::require_none(record)?;
+        // Every store keeps every record: an older one would keep it without what it says of operations.
+        let is_older = |(_, member): &(&StoreId, &Member)| member.protocol_version < RESIZE_VERSION;
+        let older: BTreeSet<StoreId> = self.members.iter().filter(is_older).map(|(store, _)| *store).collect();
+        if !older.is_empty() {
+            return Err(OperationError::StoresOlder(StoreList(older)).into());
+        }
+        let view = self.standing_view(now);
+        Ok(Altered::Made(match wish {
+            OperationWish::Resize { name, shards } => resizing::begin(self.changeable(name, now)?, *shards, &view)?,
+            OperationWish::Replace { store, with, .. } => replacing::begin(record, *store, *with, &view)?,
+            OperationWish::Abort { .. } => operations::abort(record)?,
+        }))
+    }
+
+    /// The newest record of a keyspace that gateways know.
+    fn newest_of(&self, name: &str) -> Result<&KeyspaceRecord, AlterError> {
         let is_meant = |known: &&Known| known.published.as_ref().is_some_and(|published| published.name == name);
         let newest = self.newest();
         let mut meant =
             self.records.values().filter(is_meant).filter_map(|known| newest.get(&known.record.id).copied());
-        let Some(record) = meant.find(|record| !record.dropped) else {
-            return Err(AlterError::NoSuchKeyspace(name));
-        };
+        meant.find(|record| !record.dropped).ok_or_else(|| AlterError::NoSuchKeyspace(name.to_owned()))
+    }
+
+    /// The newest record of a keyspace of which no change is under way.
+    fn changeable(&self, name: &str, now: Duration) -> Result<&KeyspaceRecord, AlterError> {
+        let record = self.newest_of(name)?;
+        let name = name.to_owned();
         let mut unconfirmed = unconfirmed(record, &self.members, self.cluster);
         let silence_max = self.limits.silence_max;
         let is_up = |store: &StoreId| self.members.get(store).is_some_and(|member| member.is_up(now, silence_max));
@@ -1034,6 +1180,9 @@ impl State {
         if let Some(expected) = alteration.expected_epoch.filter(|expected| *expected != record.epoch) {
             return Err(AlterError::OtherEpoch { name, expected, found: record.epoch });
         }
+        if alteration.copies.is_some_and(|copies| copies != record.copies) {
+            operations::require_none(record)?;
+        }
         Ok(match keyspaces::alter(&self.view(now), record, alteration)? {
             Some(record) => Altered::Made(record),
             None => Altered::Nothing(record.clone()),
@@ -1046,7 +1195,14 @@ impl State {
         for (keyspace, pending) in waiting {
             let name = pending.record.name.clone();
             let known = self.records.get(&keyspace).filter(|known| known.record.epoch >= pending.record.epoch);
-            let answer = if let Some(known) = known.filter(|known| known.published.as_ref() == Some(&known.record)) {
+            let same = |record: &KeyspaceRecord| {
+                let id = |record: &KeyspaceRecord| record.operation.as_ref().map(|operation| operation.id);
+                !record.dropped && id(record) == id(&pending.record)
+            };
+            let chosen = known.filter(|_| pending.until == Until::Chosen);
+            let answer = if let Some(known) = chosen {
+                if same(&known.record) { Ok(known.record.clone()) } else { Err(AlterError::Overtaken { name }) }
+            } else if let Some(known) = known.filter(|known| known.published.as_ref() == Some(&known.record)) {
                 let awaited = self.awaited(&known.record);
                 if !awaited.is_empty() {
                     Err(AlterError::Unconfirmed { name, stores: StoreList(awaited) })
@@ -1180,6 +1336,26 @@ enum NotNow {
     Never(AlterError),
 }
 
+/// The phases of a record's operation and of its next version's.
+fn phases(record: &KeyspaceRecord, next: &KeyspaceRecord) -> (Option<Phase>, Option<Phase>) {
+    let phase = |record: &KeyspaceRecord| record.operation.as_ref().map(|operation| operation.phase);
+    (phase(record), phase(next))
+}
+
+/// Where tests end the process before a step of a resize is proposed.
+fn reach_fail_point_before(record: &KeyspaceRecord, next: &KeyspaceRecord) {
+    let goes = |from, to| phases(record, next) == (Some(from), Some(to));
+    if goes(Phase::Copy, Phase::Fence) {
+        fail::fail_point!("resize::master_before_fence");
+    } else if goes(Phase::Fence, Phase::Committed) {
+        fail::fail_point!("resize::master_before_commit");
+    } else if goes(Phase::Committed, Phase::Clean) {
+        fail::fail_point!("resize::master_before_clean");
+    } else if goes(Phase::Clean, Phase::Done) {
+        fail::fail_point!("resize::master_before_done");
+    }
+}
+
 /// The requests to one holder as directives: one promise, or votes in one message.
 fn ballot_of(requests: Vec<Request<Entry>>) -> Vec<Action> {
     let mut actions = Vec::new();
@@ -1275,7 +1451,7 @@ mod tests {
             Report {
                 store: StoreId(store),
                 address: format!("store-{store}:1"),
-                protocol_version: COPIES_VERSION,
+                protocol_version: RESIZE_VERSION,
                 cluster: self.cluster,
                 records: Some(self.records.values().cloned().collect()),
                 free_disk_bytes: 1 << 40,

@@ -34,6 +34,9 @@ pub const FLAG_LARGE_PERMIT: u32 = 1;
 pub const FLAG_AFTER_REFUSAL: u32 = 2;
 /// Operation flag: the client takes an answer of a replica, which may be stale (READONLY).
 pub const FLAG_FROM_REPLICA: u32 = 4;
+/// The upper half of an operation's flags: by how many shards the gateway has assigned slots. What covers slots instead of naming keys (SCAN,
+/// DBSIZE, FLUSHDB …) is refused where another number holds. 0 = not said.
+pub const SHARD_COUNT_SHIFT: u32 = 16;
 
 /// Bytes that are no batch.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
@@ -55,6 +58,18 @@ pub struct OperationHead {
     /// Index into the command table.
     pub command: u16,
     pub flags: u32,
+}
+
+impl OperationHead {
+    /// By how many shards the gateway has assigned slots; `None`: it has not said.
+    pub fn shard_count(&self) -> Option<u16> {
+        Some((self.flags >> SHARD_COUNT_SHIFT) as u16).filter(|count| *count != 0)
+    }
+}
+
+/// Flags that say by how many shards slots were assigned.
+pub fn with_shard_count(flags: u32, shard_count: u16) -> u32 {
+    flags & ((1 << SHARD_COUNT_SHIFT) - 1) | u32::from(shard_count) << SHARD_COUNT_SHIFT
 }
 
 /// Appends one operation; `arguments` must yield exactly what is sent.

@@ -23,7 +23,8 @@ pub mod pb {
 /// 2: records have settings, and the master alters them once every store is that new.
 /// 3: keyspaces are created and dropped; a store before would keep the record of a dropped one as that of one that lives.
 /// 4: shards have copies, primaries leases, records terms.
-pub const PROTOCOL_VERSION: u32 = 4;
+/// 5: keyspaces are resized; a store before would keep the record without what it says of that.
+pub const PROTOCOL_VERSION: u32 = 5;
 
 /// The first version whose stores keep the settings in a record.
 pub const SETTINGS_VERSION: u32 = 2;
@@ -33,6 +34,9 @@ pub const DROP_VERSION: u32 = 3;
 
 /// The first version whose stores hold copies of shards and know terms.
 pub const COPIES_VERSION: u32 = 4;
+
+/// The first version whose stores move slots.
+pub const RESIZE_VERSION: u32 = 5;
 
 /// What `redis_version` in INFO and `version` in HELLO say: the Redis whose answers ours equal.
 pub const REDIS_VERSION: &str = "7.0.15";

@@ -56,6 +56,8 @@ pub struct Config {
     pub background_bytes_per_second: u64,
     /// Within this the copies of each shard that the store leads are compared once; zero = only when somebody asks.
     pub verify_interval: Duration,
+    /// Rows of slots that go to other shards, of all moves together; 0 = without limit.
+    pub resize_bytes_per_second: u64,
 }
 
 impl Default for Config {
@@ -77,6 +79,7 @@ impl Default for Config {
             background_jobs: 4,
             background_bytes_per_second: 0,
             verify_interval: Duration::from_secs(24 * 3600),
+            resize_bytes_per_second: 64_000_000,
         }
     }
 }

@@ -1,8 +1,8 @@
 //! The store: runs commands on its shards, one RocksDB per shard.
 //!
 //! Arrows point one way: `rpc` -> `shard` -> `command` -> `engine`; `node` owns the data folder and what is in it,
-//! `lease` says until when a shard may be served, `backup` copies it while it serves, `replication` to other stores, `registration` speaks
-//! with the master on the public API alone.
+//! `lease` says until when a shard may be served, `backup` copies it while it serves, `replication` to other stores, `resize` moves slots
+//! between shards, `registration` speaks with the master on the public API alone.
 
 mod backup;
 mod command;
@@ -17,6 +17,7 @@ pub mod registration;
 mod removal;
 mod reopening;
 pub mod replication;
+mod resize;
 mod rpc;
 mod sealed;
 mod shard;

@@ -19,6 +19,9 @@ pub struct Counters {
     digest_slots_differing: AtomicU64,
     copies_repaired: AtomicU64,
     batch_operations: Histogram,
+    fences: Histogram,
+    moved_rows: AtomicU64,
+    moved_bytes: AtomicU64,
 }
 
 impl Default for Counters {
@@ -32,6 +35,9 @@ impl Default for Counters {
             digest_slots_differing: AtomicU64::new(0),
             copies_repaired: AtomicU64::new(0),
             batch_operations: histogram!("vasto_store_batch_operations"),
+            fences: histogram!("vasto_store_fence_seconds"),
+            moved_rows: AtomicU64::new(0),
+            moved_bytes: AtomicU64::new(0),
         }
     }
 }
@@ -67,6 +73,17 @@ impl Counters {
         if misses != 0 {
             self.row_cache_misses.fetch_add(misses, Ordering::Relaxed);
         }
+    }
+
+    /// Rows were read for another shard.
+    pub fn moved(&self, rows: u64, bytes: u64) {
+        self.moved_rows.fetch_add(rows, Ordering::Relaxed);
+        self.moved_bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// Slots were behind a fence for so long.
+    pub fn fenced(&self, fenced: Duration) {
+        self.fences.record(fenced.as_secs_f64());
     }
 
     /// A copy was compared with its primary.
@@ -145,6 +162,9 @@ impl Counters {
         counter!("vasto_store_digest_comparisons_total").absolute(comparisons);
         counter!("vasto_store_digest_slots_differing_total").absolute(slots_differing);
         counter!("vasto_store_copies_repaired_total").absolute(repaired);
+        counter!("vasto_store_moved_rows_total").absolute(self.moved_rows.load(Ordering::Relaxed));
+        counter!("vasto_store_moved_bytes_total").absolute(self.moved_bytes.load(Ordering::Relaxed));
+        gauge!("vasto_store_resize_rate_share").set(core.pace.share());
         gauge!("vasto_store_copies_behind").set(unreplicated as f64);
         gauge!("vasto_store_file_bytes").set(files as f64);
         gauge!("vasto_store_pending_compaction_bytes").set(pending as f64);

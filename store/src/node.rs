@@ -13,6 +13,7 @@ use crate::peers::PeerFile;
 use crate::removal::{Dropped, Pending, Removal, left_behind};
 use crate::reopening::{Opener, Reopening};
 use crate::replication::{self, Figures, Part, Replicator};
+use crate::resize::{self, pace::Pace};
 use crate::rpc;
 use crate::sealed::{self, checksum, replace_file};
 use crate::shard::Shard;
@@ -36,10 +37,10 @@ use std::time::{Duration, Instant};
 use thiserror::Error;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
-use vasto_proto::id::{ClusterId, KeyspaceId, ShardKey, StoreId};
+use vasto_proto::id::{ClusterId, Epoch, KeyspaceId, ShardKey, StoreId};
 use vasto_proto::pb;
 use vasto_proto::topology::ballot::{Accepted, Answer, Refusal, Request, Term};
-use vasto_proto::topology::{Entry as VotedEntry, Fsync, KeyspaceRecord, NOBODY, Peers, Role, ShardStatus};
+use vasto_proto::topology::{Entry as VotedEntry, Fsync, KeyspaceRecord, Layout, NOBODY, Peers, Role, ShardStatus};
 
 /// The layout of the data folder that this code reads and writes. Version 2: rows may carry when they were written. It is raised here
 /// too, so that an older program does not open a single shard.
@@ -140,6 +141,8 @@ struct Node {
     pending: Arc<Pending>,
     closed: Arc<AtomicBool>,
     aside: CancellationToken,
+    /// When a master was last heard that leads or is about to; first, when the store was opened.
+    leader_heard: Mutex<Instant>,
     /// Held while the store lives, so that no second process opens the folder.
     _lock: File,
 }
@@ -179,6 +182,7 @@ impl Store {
             backups: Backups::open(folder),
             clock: Arc::new(BootClock::default()),
             replicator,
+            pace: Pace::new(config.resize_bytes_per_second),
         });
         let cluster = Arc::new(Mutex::new(identity.cluster));
         let lessor = Arc::new(Lessor::new(Arc::clone(&core.clock), &records, peers.latest()));
@@ -201,6 +205,7 @@ impl Store {
             pending: Arc::default(),
             closed: Arc::default(),
             aside: CancellationToken::new(),
+            leader_heard: Mutex::new(Instant::now()),
             config,
             _lock: lock,
         };
@@ -250,7 +255,8 @@ impl Bound {
             0 => std::thread::available_parallelism().map_or(1, usize::from),
             workers => workers,
         };
-        let served = rpc::server::serve(&handle, self.listener, workers, shutdown).await;
+        let unfencing = resize::unfencing::run(handle.clone(), shutdown.clone());
+        let (served, ()) = tokio::join!(rpc::server::serve(&handle, self.listener, workers, shutdown), unfencing);
         let closing = tokio::task::spawn_blocking(move || handle.close());
         if closing.await.is_err() {
             tracing::error!("closing the store panicked");
@@ -328,6 +334,28 @@ impl StoreHandle {
     pub fn vote(&self, request: Request<VotedEntry>) -> io::Result<Result<Answer<VotedEntry>, Refusal>> {
         let chosen = || self.node.records.lock().clone();
         self.node.holder.answer(request, chosen, |entry| self.node.lessor.voted(entry))
+    }
+
+    /// Takes note that a master leads or is about to.
+    pub(crate) fn note_leader(&self) {
+        *self.node.leader_heard.lock() = Instant::now();
+    }
+
+    /// For how long no master was heard that leads or is about to.
+    pub(crate) fn leader_silence(&self) -> Duration {
+        self.node.leader_heard.lock().elapsed()
+    }
+
+    /// The keyspaces of which slots that this store has are behind a fence, and the versions of their records that set it.
+    pub(crate) fn fenced(&self) -> Vec<(KeyspaceId, Epoch)> {
+        let records = self.node.records.lock();
+        let fence = |record: &KeyspaceRecord| resize::unfencing::fence_at(record, self.node.id);
+        records.values().filter_map(|record| Some((record.id, fence(record)?))).collect()
+    }
+
+    /// Changes when masters should hear what [`StoreHandle::shard_statuses`] says without waiting for the next report.
+    pub(crate) fn news(&self) -> watch::Receiver<u64> {
+        self.node.core.replicator.news()
     }
 
     /// Where each copy on this store stands.
@@ -525,14 +553,20 @@ impl Node {
         if !is_known {
             self.lessor.heard(&record);
             let persist = |source| PutRecordError::Persist { keyspace: record.id, source };
-            let is_own = |own: &KeyspaceRecord, shard| own.copies_of(self.id).any(|(known, _)| known == shard);
-            for (shard, _) in record.copies_of(self.id) {
-                if !records.get(&record.id).is_some_and(|own| is_own(own, shard)) {
-                    let key = ShardKey { keyspace: record.id, shard };
-                    // It may have been here before, and be on its way out.
-                    self.pending.wait_for(key).map_err(persist)?;
-                    self.opener.make_folder(key).map_err(persist)?;
+            for (shard, described) in record.copies_of(self.id) {
+                let own = records.get(&record.id);
+                let before = own.and_then(|own| own.copies_of(self.id).find(|(known, _)| *known == shard));
+                if before.is_some_and(|(_, before)| before.born == described.born) {
+                    continue;
                 }
+                let key = ShardKey { keyspace: record.id, shard };
+                if before.is_some() {
+                    // A shard of this number that is no more, of whose end nothing was heard here.
+                    self.leave(key);
+                }
+                // It may have been here before, and be on its way out.
+                self.pending.wait_for(key).map_err(persist)?;
+                self.opener.make_folder(key).map_err(persist)?;
             }
             save_record(&self.config.data, &record).map_err(persist)?;
             records.insert(record.id, record.clone());
@@ -548,27 +582,14 @@ impl Node {
         let fsync = record.settings.fsync.unwrap_or(self.config.fsync);
         let mut result = Ok(());
         let own: Vec<_> = record.copies_of(self.id).collect();
-        let current = shards.current();
-        for key in current.keys() {
-            if key.keyspace != record.id || own.iter().any(|(shard, _)| *shard == key.shard) {
-                continue;
+        for key in shards.current().keys() {
+            if key.keyspace == record.id && !own.iter().any(|(shard, _)| *shard == key.shard) {
+                self.leave(key);
             }
-            shards.set(key, None);
-            let shard = match current.entry(key) {
-                Some(Entry::Serving(shard)) => {
-                    shard.replication.stop_following();
-                    // What is under way is not answered any more: nobody releases what is held once the shard has left the map.
-                    shard.lease.end(shard.epoch());
-                    shard.durability.end(&format!("shard {key} has left this store"));
-                    Some(Arc::clone(shard))
-                }
-                // Who closes it has the folder open for a while yet; it goes all the same.
-                Some(Entry::Opening | Entry::Closing(_) | Entry::Failed(_)) | None => None,
-            };
-            self.remove(Dropped { key, shard });
         }
         // Leases of these are given back now; opening others may take long.
         self.leases.ring();
+        let layout = Layout::of(record);
         for (shard, described) in own {
             let key = ShardKey { keyspace: record.id, shard };
             let served = match shards.current().entry(key) {
@@ -590,7 +611,8 @@ impl Node {
                         open.lease.follow(described.epoch, need);
                         replication::assume(&self.core, open, part)
                     };
-                    assumed.and_then(|()| open.set_fsync(fsync, &self.core.sync_bell))
+                    let followed = assumed.and_then(|()| resize::follow(&self.core, open, record, &layout));
+                    followed.and_then(|()| open.set_fsync(fsync, &self.core.sync_bell))
                 }
                 // Its old database is still open; the thread that closes it opens it by the newest record.
                 Some(Entry::Closing(reason)) => Err(EngineError::Failed(reason.clone())),
@@ -603,6 +625,26 @@ impl Node {
             }
         }
         result
+    }
+
+    /// Serves a shard no more and has its folder deleted.
+    fn leave(&self, key: ShardKey) {
+        let shards = &self.core.shards;
+        let current = shards.current();
+        shards.set(key, None);
+        let shard = match current.entry(key) {
+            Some(Entry::Serving(shard)) => {
+                shard.replication.stop_following();
+                // What is under way is not answered any more: nobody releases what is held once the shard has left the map.
+                shard.lease.end(shard.epoch());
+                shard.durability.end(&format!("shard {key} has left this store"));
+                Some(Arc::clone(shard))
+            }
+            // Who closes it has the folder open for a while yet; it goes all the same.
+            Some(Entry::Opening | Entry::Closing(_) | Entry::Failed(_)) | None => None,
+        };
+        drop(current);
+        self.remove(Dropped { key, shard });
     }
 
     /// Has the folder of a shard deleted whose keyspace was dropped; if the store is stopping, its next start does it.

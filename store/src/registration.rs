@@ -7,7 +7,7 @@ use std::future::Future;
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, MissedTickBehavior};
 use tokio_stream::StreamExt;
@@ -141,6 +141,7 @@ impl Registration {
 
         let mut ticks = tokio::time::interval(REPORT_INTERVAL);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut news = self.handle.news();
         let mut heard_at = Instant::now();
         // One at a time, in order, while heartbeats go on: opening a shard may take long. Votes do not wait for that.
         let (mut work, mut ballots) = (VecDeque::new(), VecDeque::new());
@@ -177,7 +178,7 @@ impl Registration {
                     }
                     continue;
                 }
-                _ = ticks.tick() => {
+                () = due(&mut ticks, &mut news) => {
                     if has_room && heard_at.elapsed() > MASTER_SILENCE_MAX {
                         return Err("the master is silent".to_owned());
                     }
@@ -266,6 +267,7 @@ impl Registration {
     }
 
     fn hear_leader(&self, session: usize, term: Term, address: String) {
+        self.handle.note_leader();
         let mut heard = self.heard.lock();
         if heard.leader.as_ref().is_none_or(|known| known.term <= term) {
             heard.leader = Some(Leader { term, address, session, heard_at: Some(Instant::now()) });
@@ -323,6 +325,15 @@ impl Registration {
             answers: answers.iter().map(Into::into).collect(),
             masters: heard.masters.values().cloned().collect(),
         }
+    }
+}
+
+/// The next report is due: by the clock, or because there is news. Both are cancel safe.
+async fn due(ticks: &mut tokio::time::Interval, news: &mut watch::Receiver<u64>) {
+    tokio::select! {
+        _ = ticks.tick() => {}
+        // Its sender lives as long as the store.
+        Ok(()) = news.changed() => {}
     }
 }
 

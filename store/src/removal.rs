@@ -198,6 +198,35 @@ mod tests {
     }
 
     #[test]
+    fn a_shard_of_a_number_that_was_there_before_begins_empty() {
+        let directory = tempfile::tempdir().unwrap();
+        let data = directory.path().join("data");
+        let open = || Store::open(Config { data: data.clone(), ..Config::default() }).unwrap().handle();
+        let store = open();
+        let two = KeyspaceRecord::new(KeyspaceId(7), "seven", &[StoreId(9), store.id()]).unwrap();
+        store.put_record(two.clone()).unwrap();
+        let key = ShardKey { keyspace: two.id, shard: vasto_proto::id::ShardId(1) };
+        let shard = |store: &crate::StoreHandle| match store.core().shards.current().entry(key) {
+            Some(crate::shard::map::Entry::Serving(shard)) => Arc::clone(shard),
+            _ => panic!("the shard is not open"),
+        };
+        shard(&store).database.put_meta_synced(b"probe", b"before").unwrap();
+        // It was away while the shard went, and hears only of the next one of its number.
+        let one = two.begin_resize(1, Vec::new()).unwrap().fence().unwrap().commit().unwrap();
+        let next = one.clean().unwrap().finish().unwrap().begin_resize(2, vec![store.id()]).unwrap();
+        store.put_record(next.clone()).unwrap();
+        assert_eq!(shard(&store).database.meta(b"probe").unwrap(), None);
+        shard(&store).database.put_meta_synced(b"probe", b"after").unwrap();
+        store.close();
+        drop(store);
+        let store = open();
+        assert_eq!(shard(&store).database.meta(b"probe").unwrap().as_deref(), Some(&b"after"[..]));
+        store.put_record(next.fence().unwrap()).unwrap();
+        assert_eq!(shard(&store).database.meta(b"probe").unwrap().as_deref(), Some(&b"after"[..]));
+        store.close();
+    }
+
+    #[test]
     fn a_folder_names_its_shard() {
         let key = ShardKey { keyspace: KeyspaceId(12), shard: ShardId(3) };
         assert_eq!(shard_of_folder(&shard_folder(key)), Some(key));

@@ -8,6 +8,7 @@ use crate::engine::garbage::{Rules, UNKNOWN_COPIES};
 use crate::lease::state::{LeaseState, Need};
 use crate::node::{Records, shard_folder};
 use crate::replication::{self, Part};
+use crate::resize;
 use crate::shard::Shard;
 use crate::shard::alarm::Woken;
 use crate::shard::executor::Core;
@@ -20,8 +21,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use vasto_proto::id::{ShardKey, StoreId};
-use vasto_proto::slot::SlotTable;
-use vasto_proto::topology::KeyspaceRecord;
+use vasto_proto::topology::{KeyspaceRecord, Layout};
 
 /// Between attempts to open a shard: doubles from the first to the last.
 const PAUSE_MIN: Duration = Duration::from_secs(1);
@@ -49,10 +49,18 @@ impl Opener {
     }
 
     /// Makes the folder of a new shard, in which its first opening makes a database. Call it before the record is kept: a shard of a
-    /// known record has a folder, and one whose folder is missing is not taken for an empty one.
+    /// known record has a folder, and one whose folder is missing is not taken for an empty one. What an earlier shard of this name has left,
+    /// if it could not be deleted, goes now.
     pub fn make_folder(&self, key: ShardKey) -> io::Result<()> {
-        fs::create_dir_all(self.folder(key))?;
-        File::open(self.config.data.join("shards"))?.sync_all()
+        let (shards, folder) = (self.config.data.join("shards"), self.folder(key));
+        replication::remove_beside(&shards, key)?;
+        match fs::remove_dir_all(&folder) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+        }
+        fs::create_dir_all(folder)?;
+        File::open(shards)?.sync_all()
     }
 
     /// Opens a shard of this store that is not open and serves it; else the gate says why it is not served.
@@ -66,7 +74,6 @@ impl Opener {
         let folder = self.folder(key);
         // How many copies there are it hears with its part.
         let rules = Rules { grace: self.config.gc_grace, replicated_ns: UNKNOWN_COPIES };
-        let table = SlotTable::new(record.shard_count());
         let fsync = record.settings.fsync.unwrap_or(self.config.fsync);
         let swapped = replication::swap_in(&self.config.data.join("shards"), key);
         let swapped = swapped.map_err(|error| EngineError::Disk(format!("cannot put a copy in its place: {error}")));
@@ -79,9 +86,10 @@ impl Opener {
             let (epoch, alarm) = (described.epoch, &self.core.alarm);
             let need = Need::of(record, described, self.store);
             let lease = Arc::new(LeaseState::new(key, Arc::clone(&self.core.clock), epoch, need));
-            let shard = Shard::new(key, epoch, self.store, &table, database, fsync, alarm, number, lease)?;
+            let shard = Shard::new(key, epoch, self.store, database, fsync, alarm, number, lease)?;
             let shard = Arc::new(shard);
             replication::assume(&self.core, &shard, part.clone())?;
+            resize::follow(&self.core, &shard, record, &Layout::of(record))?;
             Ok(shard)
         });
         match opened {

@@ -7,6 +7,7 @@ use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::admin::AdminArguments;
 use crate::bench::BenchArguments;
 use crate::import::ImportArguments;
 use crate::restore::RestoreArguments;
@@ -33,6 +34,11 @@ pub enum Role {
     Gateway(GatewayOptions),
     /// Load a server and measure it.
     Bench(BenchArguments),
+    /// Resize a keyspace, replace a store, show how far that is, or end it.
+    ///
+    /// The exit status is 0 when it was done (or has begun, without --watch), 1 when it was refused, aborted, or is not known; the reason is
+    /// on the error output.
+    Admin(AdminArguments),
     /// Import the strings of an RDB file, with the times at which they expire, into a running server.
     ///
     /// The file is read to its end first: a damaged one changes nothing. Values of other types are counted and reported. The exit status
@@ -276,6 +282,10 @@ pub struct StorageOptions {
     #[arg(long, value_name = "MILLISECONDS", default_value_t = 500)]
     pub max_clock_skew: u64,
 
+    /// MB per second that each store sends of its rows at most when slots go to other shards (KEYSPACE RESIZE); 0 = no limit.
+    #[arg(long, value_name = "MB", default_value_t = 64)]
+    pub resize_rate: u64,
+
     /// Seconds within which the copies of each shard are compared once, slowly; 0 = only when KEYSPACE VERIFY asks.
     #[arg(long, value_name = "SECONDS", default_value_t = 86400)]
     pub verify_interval: u64,
@@ -348,8 +358,11 @@ mod tests {
         command.build();
         command.clone().debug_assert();
         for role in command.get_subcommands() {
-            for argument in role.get_arguments() {
-                assert!(argument.get_help().is_some(), "{} --{}", role.get_name(), argument.get_id());
+            for command in std::iter::once(role).chain(role.get_subcommands()) {
+                assert!(command.get_about().is_some(), "{}", command.get_name());
+                for argument in command.get_arguments() {
+                    assert!(argument.get_help().is_some(), "{} --{}", command.get_name(), argument.get_id());
+                }
             }
         }
     }
@@ -402,6 +415,7 @@ mod tests {
         assert_eq!(i32::from(storage.max_open_files), store.max_open_files);
         assert_eq!(storage.gc_grace, store.gc_grace.as_secs());
         assert_eq!(u128::from(storage.max_clock_skew), store.max_clock_skew.as_millis());
+        assert_eq!(storage.resize_rate * 1_000_000, store.resize_bytes_per_second);
         assert_eq!(storage.verify_interval, store.verify_interval.as_secs());
         assert_eq!((storage.fsync, store.fsync), (FsyncChoice::Everysec, vasto_store::Fsync::EverySecond));
     }

@@ -1,5 +1,6 @@
 //! The one binary of Vasto: all roles in one process, or each on its own, and the tools.
 
+mod admin;
 mod bench;
 mod cli;
 mod config;
@@ -22,6 +23,8 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
     abort_on_panic();
+    // Points at which tests end a process; without the variable they do nothing.
+    let _scenario = std::env::var_os("FAILPOINTS").map(|_| fail::FailScenario::setup());
     match run() {
         Ok(code) => code,
         Err(error) => {
@@ -49,6 +52,7 @@ fn run() -> anyhow::Result<ExitCode> {
         Role::Gateway(options) => role::gateway::run(options)?,
         Role::Bench(arguments) => return bench::run(arguments),
         Role::Import(arguments) => return import::run(arguments),
+        Role::Admin(arguments) => return admin::run(arguments),
         Role::Restore(arguments) => restore::run(&arguments)?,
     }
     Ok(ExitCode::SUCCESS)

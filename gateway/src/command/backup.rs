@@ -25,8 +25,13 @@ pub fn lastsave(_context: &mut Context<'_>, _args: Args<'_>) -> Result<Next, Com
     Ok(Next::Ask(Box::new(LastSave)))
 }
 
-/// One shard of each store, the stores in order: all gateways ask the same one first.
+/// One shard of each store, by which it is asked.
 pub fn one_shard_each(context: &Context<'_>) -> Vec<ShardKey> {
+    stores_and_shards(context).into_iter().map(|(_, shard)| shard).collect()
+}
+
+/// The stores in order: all gateways ask the same one first.
+fn stores_and_shards(context: &Context<'_>) -> Vec<(StoreId, ShardKey)> {
     let mut shards: Vec<(StoreId, ShardKey)> = context
         .routing
         .keyspaces()
@@ -34,7 +39,7 @@ pub fn one_shard_each(context: &Context<'_>) -> Vec<ShardKey> {
         .collect();
     shards.sort_unstable();
     shards.dedup_by_key(|(store, _)| *store);
-    shards.into_iter().map(|(_, shard)| shard).collect()
+    shards
 }
 
 pub fn ask_status(shard: &ShardKey) -> ShardRequest {
@@ -115,14 +120,15 @@ enum Stage {
 struct Backup {
     wait: Wait,
     name: String,
-    shards: Vec<ShardKey>,
+    /// With a shard each, by which they are told.
+    stores: Vec<(StoreId, ShardKey)>,
     stage: Stage,
 }
 
 impl Backup {
     fn new(wait: Wait) -> Self {
         let name = format!("{}-{:04x}", utc(unix_ms() / 1000), fastrand::u16(..));
-        Self { wait, name, shards: Vec::new(), stage: Stage::Looking }
+        Self { wait, name, stores: Vec::new(), stage: Stage::Looking }
     }
 
     fn request(&self, shard: &ShardKey) -> ShardRequest {
@@ -137,15 +143,15 @@ impl Backup {
 
 impl Ask for Backup {
     fn start(&mut self, context: &mut Context<'_>) -> Result<Vec<ShardRequest>, CommandError> {
-        self.shards = one_shard_each(context);
-        if self.shards.is_empty() {
+        self.stores = stores_and_shards(context);
+        if self.stores.is_empty() {
             return Err(error::NO_KEYSPACE);
         }
-        Ok(self.shards.iter().map(ask_status).collect())
+        Ok(self.stores.iter().map(|(_, shard)| ask_status(shard)).collect())
     }
 
     fn next(&mut self, context: &mut Context<'_>, answers: Vec<Vec<u8>>) -> Result<Round, CommandError> {
-        let (first, others) = self.shards.split_first().ok_or(MALFORMED_ANSWER)?;
+        let ((_, first), others) = self.stores.split_first().ok_or(MALFORMED_ANSWER)?;
         match self.stage {
             Stage::Looking => {
                 for answer in &answers {
@@ -164,13 +170,38 @@ impl Ask for Backup {
         }
         if self.stage == Stage::First && !others.is_empty() {
             self.stage = Stage::Others;
-            return Ok(Round::Again(others.iter().map(|shard| self.request(shard)).collect()));
+            return Ok(Round::Again(others.iter().map(|(_, shard)| self.request(shard)).collect()));
         }
         match self.wait {
             Wait::UntilBegun => context.reply().simple("Background saving started"),
             Wait::UntilDone => context.reply().ok(),
         }
         Ok(Round::Done)
+    }
+
+    /// Who has begun is not told twice; the others may have other shards now, or none, and then nothing to save.
+    fn again(&mut self, context: &mut Context<'_>, answered: &[Option<Vec<u8>>]) -> Result<Round, CommandError> {
+        let told_before = match self.stage {
+            Stage::Looking => return self.start(context).map(Round::Again),
+            Stage::First => 0,
+            Stage::Others => 1,
+        };
+        if let Some(error) = answered.iter().flatten().find_map(|answer| as_error(answer)) {
+            return Err(error);
+        }
+        let known = stores_and_shards(context);
+        let missing = self.stores.split_off(told_before.min(self.stores.len()));
+        let is_missing = |(place, _): &(usize, (StoreId, ShardKey))| {
+            self.stage == Stage::First || answered.get(*place).is_none_or(Option::is_none)
+        };
+        let missing: Vec<StoreId> =
+            missing.into_iter().enumerate().filter(is_missing).map(|(_, (store, _))| store).collect();
+        self.stores.extend(known.into_iter().filter(|(store, _)| missing.contains(store)));
+        let asked = match self.stage {
+            Stage::Looking | Stage::First => self.stores.get(..1),
+            Stage::Others => self.stores.get(1..),
+        };
+        Ok(Round::Again(asked.unwrap_or_default().iter().map(|(_, shard)| self.request(shard)).collect()))
     }
 }
 
@@ -291,6 +322,27 @@ mod tests {
             assert_eq!(stores.run(line), "-ERR Background save already in progress");
         }
         assert_eq!(stores.asked, [], "nothing is begun while one store is busy");
+    }
+
+    #[test]
+    fn a_backup_that_meets_a_change_of_the_shards_is_told_to_each_store_once() {
+        let mut harness = Harness::new();
+        let mut reply = Vec::new();
+        let context = &mut harness.context(&mut reply);
+        let mut backup = Backup::new(Wait::UntilBegun);
+        let ok = packed(|reply| reply.ok());
+        assert_eq!(backup.start(context).expect("two stores").len(), 2);
+        let targets = |round: Result<Round, CommandError>| match round {
+            Ok(Round::Again(requests)) => requests.iter().map(|request| request.target).collect::<Vec<_>>(),
+            other => panic!("{other:?}"),
+        };
+        let idle = packed(|reply| reply.map(0));
+        let first = targets(backup.next(context, vec![idle.clone(), idle]));
+        assert_eq!((first.len(), targets(backup.again(context, &[None]))), (1, first));
+        let others = targets(backup.next(context, vec![ok.clone()]));
+        assert_eq!((others.len(), targets(backup.again(context, &[None]))), (1, others));
+        assert_eq!(targets(backup.again(context, &[Some(ok)])), []);
+        assert!(matches!(backup.next(context, Vec::new()), Ok(Round::Done)));
     }
 
     #[test]

@@ -61,6 +61,13 @@ pub trait Ask: std::fmt::Debug {
     /// Takes the packed replies of the round, in the order of its requests (an operation that failed on its way is an error reply), and
     /// either asks for another round or has written the reply to `context`.
     fn next(&mut self, context: &mut Context<'_>, answers: Vec<Vec<u8>>) -> Result<Round, CommandError>;
+
+    /// The operations of the round under way anew: the number of shards has changed since it was planned, and some of it was refused. What
+    /// was `answered` of it does not come to `next`.
+    fn again(&mut self, context: &mut Context<'_>, answered: &[Option<Vec<u8>>]) -> Result<Round, CommandError> {
+        let _ = answered;
+        self.start(context).map(Round::Again)
+    }
 }
 
 /// What an [`Ask`] wants after a round.

@@ -105,7 +105,7 @@ impl Figures {
             figures.keyspaces.push(KeyspaceFigures {
                 id: record.id,
                 name: record.name.clone(),
-                shards: record.shards.len(),
+                shards: usize::from(routes.shard_count()),
                 unreachable,
                 unsynced: 0,
                 sums: Vec::new(),

@@ -8,6 +8,7 @@ use super::replication::{self, Replicas, ShardCopies};
 use super::topology::automatic_failover;
 use super::{Ask, Context, Next, Round, ShardRequest};
 use crate::clients::unix_ms;
+use crate::operation::{kind_word, phase_word};
 use crate::process::{Memory, machine_memory};
 use crate::statistics::{ERROR_WORDS, spec_of_row};
 use std::fmt::{self, Write as _};
@@ -139,6 +140,7 @@ impl Ask for Info {
             (self.figures, requests) = Figures::ask(context, walk);
         }
         self.asked = requests.len();
+        self.copies = copies_to_ask(context, &self.sections);
         requests.extend(self.copies.iter().map(|shard| replication::ask(*shard)));
         if self.sections.contains(&Section::Persistence) {
             requests.extend(backup::one_shard_each(context).iter().map(backup::ask_status));
@@ -414,18 +416,20 @@ struct CopiesOfKeyspace {
 
 impl CopiesOfKeyspace {
     fn new(record: &KeyspaceRecord, context: &Context<'_>, asked: &[(ShardKey, Option<ShardCopies>)]) -> Self {
+        // One that is being filled has no replicas yet, and one that is being emptied needs none.
+        let serving = &record.shards[..usize::from(record.shard_count()).min(record.shards.len())];
         let counts = |shard: &ShardRecord, store| shard.primary == store || shard.replicas.contains(&store);
         let present = |shard: &ShardRecord| {
             shard.copies().filter(|store| counts(shard, *store) && context.routing.is_up(*store)).count()
         };
         let mut copies = Self {
-            present: record.shards.iter().map(present).min().unwrap_or_default(),
+            present: serving.iter().map(present).min().unwrap_or_default(),
             in_sync: usize::MAX,
             lag_ms: 0,
-            vacant: record.shards.iter().filter(|shard| shard.is_vacant()).count(),
+            vacant: serving.iter().filter(|shard| shard.is_vacant()).count(),
             writes_wait: false,
         };
-        for (number, shard) in record.shards.iter().enumerate() {
+        for (number, shard) in serving.iter().enumerate() {
             let is_it = |key: &ShardKey| key.keyspace == record.id && usize::from(key.shard.0) == number;
             let answer = asked.iter().find(|(key, _)| is_it(key)).and_then(|(_, answer)| answer.as_ref());
             let in_sync = answer.map_or(0, |answer| answer.in_sync(shard));
@@ -533,6 +537,8 @@ fn vasto(text: &mut Text, context: &Context<'_>, figures: &Figures, copies: &[(S
     text.field("vasto_stores", snapshot.stores.len());
     text.field("vasto_stores_up", snapshot.stores.iter().filter(|store| store.up).count());
     text.field("vasto_keyspaces", snapshot.keyspaces.len());
+    let operations = snapshot.keyspaces.iter().filter_map(KeyspaceRecord::active_operation).count();
+    text.field("vasto_operations", operations);
     text.field("vasto_shards", figures.shards());
     text.field("vasto_shards_unreachable", figures.unreachable());
     text.field("vasto_row_cache_bytes", figures.sum_of_stores("row_cache_bytes"));
@@ -556,6 +562,13 @@ fn vasto(text: &mut Text, context: &Context<'_>, figures: &Figures, copies: &[(S
                 ",copies={wished},copies_present={present},min_replicas={min_replicas},strict={strict},\
                  replicas_in_sync={in_sync},lag_ms={lag_ms},vacant_shards={vacant},writes_wait_for_a_replica={writes_wait}"
             );
+            let _ = match record.active_operation() {
+                Some(operation) => {
+                    let (kind, phase) = (kind_word(operation.kind), phase_word(operation.phase));
+                    write!(text.0, ",operation={kind},phase={phase}")
+                }
+                None => write!(text.0, ",operation=none"),
+            };
         }
         for (name, sum) in keyspace.sums() {
             let _ = write!(text.0, ",{name}={sum}");
@@ -627,10 +640,10 @@ mod tests {
             ),
             "{text}"
         );
-        assert!(text.contains("vasto_stores:2\\r\\nvasto_stores_up:1\\r\\nvasto_keyspaces:2\\r\\nvasto_shards:4\\r\\nvasto_shards_unreachable:0\\r\\n"), "{text}");
+        assert!(text.contains("vasto_stores:2\\r\\nvasto_stores_up:1\\r\\nvasto_keyspaces:2\\r\\nvasto_operations:0\\r\\nvasto_shards:4\\r\\nvasto_shards_unreachable:0\\r\\n"), "{text}");
         assert!(
             text.contains(
-                "vasto_keyspace_0:id=0,shards=3,fsync=everysec,dbsize=exact,copies=1,copies_present=0,min_replicas=0,strict=yes,replicas_in_sync=0,lag_ms=0,vacant_shards=0,writes_wait_for_a_replica=no,keys=60,expires=6,disk_bytes=21\\r\\n"
+                "vasto_keyspace_0:id=0,shards=3,fsync=everysec,dbsize=exact,copies=1,copies_present=0,min_replicas=0,strict=yes,replicas_in_sync=0,lag_ms=0,vacant_shards=0,writes_wait_for_a_replica=no,operation=none,keys=60,expires=6,disk_bytes=21\\r\\n"
             ),
             "{text}"
         );
@@ -688,6 +701,13 @@ mod tests {
             text.contains("replicas_in_sync=0,lag_ms=1500,vacant_shards=0,writes_wait_for_a_replica=yes"),
             "{text}"
         );
+        let mut snapshot = vasto_proto::topology::Snapshot::clone(&harness.routing.snapshot);
+        let users = snapshot.keyspaces[1].begin_resize(2, vec![vasto_proto::id::StoreId(0xa)]).expect("possible");
+        snapshot.keyspaces[1] = users;
+        harness.routing = crate::routing::Routing::new(std::sync::Arc::new(snapshot));
+        let text = harness.run_with("INFO vasto", &mut shard(&[(0xa, 0, 8)]));
+        assert!(text.contains("vasto_operations:1\\r\\n"), "{text}");
+        assert!(text.contains("writes_wait_for_a_replica=yes,operation=resize,phase=copy,"), "{text}");
     }
 
     #[test]

@@ -120,7 +120,7 @@ pub fn failover(context: &mut Context<'_>, mut args: Args<'_>) -> Result<Next, C
 }
 
 /// A store as it is printed.
-fn store_id(word: &[u8]) -> Option<StoreId> {
+pub fn store_id(word: &[u8]) -> Option<StoreId> {
     let digits = std::str::from_utf8(word).ok().filter(|word| word.len() == 8)?;
     let is_hexadecimal = digits.bytes().all(|byte| byte.is_ascii_hexdigit());
     let id = u32::from_str_radix(digits, 16).ok().filter(|id| is_hexadecimal && *id != 0)?;
@@ -158,7 +158,7 @@ pub fn create_database(number: i64) -> Next {
 
 /// The master's answer is the reply.
 #[derive(Debug)]
-struct Answered;
+pub struct Answered;
 
 impl Ask for Answered {
     fn start(&mut self, _context: &mut Context<'_>) -> Result<Vec<ShardRequest>, CommandError> {

@@ -12,6 +12,7 @@ pub mod info;
 pub mod introspection;
 pub mod keyspaces;
 pub mod memory;
+pub mod operations;
 pub mod pattern;
 pub mod replication;
 pub mod scan;
@@ -22,7 +23,9 @@ pub mod transaction;
 pub mod verification;
 
 #[cfg(test)]
-mod harness;
+pub(crate) mod harness;
+#[cfg(test)]
+pub use harness::show;
 
 pub use context::{Ask, Context, Next, Round, ShardRequest};
 

@@ -2,11 +2,11 @@
 
 use super::client::timeout_ms;
 use super::{Ask, Context, Next, Round, ShardRequest};
-use crate::routing::Routing;
+use crate::routing::{KeyspaceRoutes, Routing};
 use std::time::{Duration, Instant};
 use vasto_proto::command::table::StoreCommand;
 use vasto_proto::command::{Args, Reply, ReplyWriter};
-use vasto_proto::error::CommandError;
+use vasto_proto::error::{self, CommandError};
 use vasto_proto::id::{ClusterId, KeyspaceId, ShardKey, StoreId};
 use vasto_proto::slot::splitmix64;
 use vasto_proto::topology::ShardRecord;
@@ -175,16 +175,18 @@ pub fn replication_id(cluster: ClusterId) -> String {
 
 /// ROLE: what this gateway stands for is a master, with the keyspace's replicas.
 pub fn role(context: &mut Context<'_>, _args: Args<'_>) -> Result<Next, CommandError> {
-    Ok(Next::Ask(Box::new(Role { asked: shards_to_ask(context.routing, context.session.keyspace) })))
+    Ok(Next::Ask(Box::new(Role { keyspace: context.session.keyspace, asked: Vec::new() })))
 }
 
 #[derive(Debug)]
 struct Role {
+    keyspace: KeyspaceId,
     asked: Vec<ShardKey>,
 }
 
 impl Ask for Role {
-    fn start(&mut self, _context: &mut Context<'_>) -> Result<Vec<ShardRequest>, CommandError> {
+    fn start(&mut self, context: &mut Context<'_>) -> Result<Vec<ShardRequest>, CommandError> {
+        self.asked = shards_to_ask(context.routing, self.keyspace);
         Ok(self.asked.iter().map(|target| ask(*target)).collect())
     }
 
@@ -213,28 +215,43 @@ pub fn wait(context: &mut Context<'_>, mut args: Args<'_>) -> Result<Next, Comma
     let replicas = args.integer()?;
     let timeout_ms = timeout_ms(args.bytes()?)?;
     let until = (timeout_ms > 0).then(|| Instant::now().checked_add(Duration::from_millis(timeout_ms))).flatten();
-    let mut goals: Vec<Goal> = context.session.written.iter().map(|target| Goal { target, reached_at: None }).collect();
     // A keyspace that was dropped has no copies to wait for.
-    goals.retain(|goal| context.routing.keyspace(goal.target.keyspace).is_some());
+    let written = context.session.written.shards(|keyspace| Some(context.routing.keyspace(keyspace)?.shard_count()));
+    let mut goals: Vec<Goal> = Vec::new();
+    for target in written {
+        let routes = context.routing.keyspace(target.keyspace).ok_or(error::NO_KEYSPACE)?;
+        goals.push(Goal { target, shard_count: routes.shard_count(), reached_at: None });
+    }
     if goals.is_empty() {
-        // Nothing was written: every replica has all of it.
-        let everything = Some(((0, 0), 0));
         let routes = context.routing.keyspace(context.session.keyspace);
-        let shards = routes.into_iter().flat_map(|routes| routes.shard_keys());
-        goals.extend(shards.map(|target| Goal { target, reached_at: everything }));
+        goals.extend(routes.into_iter().flat_map(|routes| Goal::of_all(routes, NOTHING_WRITTEN)));
     }
     Ok(Next::Ask(Box::new(Wait { replicas, until, goals, asked: Vec::new(), pause: ASK_AGAIN_MIN })))
 }
 
+/// Era and sequence number of a primary.
+type LogPosition = ((u64, u64), u64);
+
+/// Every replica has all of it.
+const NOTHING_WRITTEN: Option<LogPosition> = Some(((0, 0), 0));
+
 #[derive(Debug)]
 struct Goal {
     target: ShardKey,
+    /// By how many shards slots were assigned when it was set.
+    shard_count: u16,
     /// The era in which the primary was asked first, and the end of its log then: the connection's writes are below it. 0 is reached in
     /// any era.
-    reached_at: Option<((u64, u64), u64)>,
+    reached_at: Option<LogPosition>,
 }
 
 impl Goal {
+    /// In every shard of a keyspace.
+    fn of_all(routes: &KeyspaceRoutes, reached_at: Option<LogPosition>) -> Vec<Self> {
+        let shard_count = routes.shard_count();
+        routes.shard_keys().map(|target| Self { target, shard_count, reached_at }).collect()
+    }
+
     fn count(&mut self, record: &ShardRecord, copies: &ShardCopies) -> usize {
         let (_, sequence) = match self.reached_at {
             Some((era, sequence)) if era == copies.era || sequence == 0 => (era, sequence),
@@ -257,7 +274,23 @@ struct Wait {
 }
 
 impl Wait {
+    /// After a change of the number of shards, what was written lies in whichever shards have its slots now.
+    fn follow(&mut self, routing: &Routing) {
+        let is_old = |goal: &Goal| !routing.is_assigned_by(goal.target.keyspace, goal.shard_count);
+        let (old, mut goals): (Vec<Goal>, Vec<Goal>) = self.goals.drain(..).partition(is_old);
+        for routes in routing.keyspaces() {
+            let mut of_it = old.iter().filter(|goal| goal.target.keyspace == routes.record.id).peekable();
+            if of_it.peek().is_some() {
+                let reached_at =
+                    if of_it.all(|goal| goal.reached_at == NOTHING_WRITTEN) { NOTHING_WRITTEN } else { None };
+                goals.extend(Goal::of_all(routes, reached_at));
+            }
+        }
+        self.goals = goals;
+    }
+
     fn requests(&mut self, routing: &Routing) -> Vec<ShardRequest> {
+        self.follow(routing);
         let may_count = |goal: &Goal| {
             let shard = routing.keyspace(goal.target.keyspace).and_then(|routes| routes.shard(goal.target.shard));
             shard.is_some_and(|shard| !shard.is_vacant() && !shard.replicas.is_empty())
@@ -284,6 +317,7 @@ impl Wait {
 }
 
 impl Ask for Wait {
+    /// Any round: it asks what is true at the moment.
     fn start(&mut self, context: &mut Context<'_>) -> Result<Vec<ShardRequest>, CommandError> {
         Ok(self.requests(context.routing))
     }
@@ -364,7 +398,7 @@ mod tests {
     fn wait_asks_until_enough_replicas_have_what_was_written_before() {
         let mut harness = Harness::new();
         with_replica(&mut harness);
-        harness.session.written.note(users());
+        harness.session.written.note(users(), 1);
         let mut answers = [figures(1, 7, &[(0xa, 1, 1, 5)]), figures(1, 9, &[(0xa, 1, 1, 7)])].into_iter();
         // What others write meanwhile is not waited for.
         assert_eq!(harness.run_with("WAIT 1 0", &mut |_| answers.next().expect("asked twice")), "1");
@@ -388,13 +422,53 @@ mod tests {
         harness.session.keyspace = users().keyspace;
         // Nothing was written: whoever follows has it.
         assert_eq!(harness.run_with("WAIT 1 0", &mut |_| figures(1, 7, &[(0xa, 1, 0, 0)])), "1");
-        harness.session.written.note(users());
-        harness.session.written.note(ShardKey { keyspace: KeyspaceId(0), shard: ShardId(1) });
+        harness.session.written.note(users(), 1);
+        harness.session.written.note(ShardKey { keyspace: KeyspaceId(0), shard: ShardId(1) }, 3);
         assert_eq!(harness.run_with("WAIT 1 5", &mut |_| figures(1, 7, &[(0xa, 1, 1, 7)])), "0");
         harness.session.written = Default::default();
-        harness.session.written.note(users());
+        harness.session.written.note(users(), 1);
         change(&mut harness, |shard| shard.primary = NOBODY);
         assert_eq!(harness.run("WAIT 1 5"), "0", "a vacant shard is not asked");
+    }
+
+    #[test]
+    fn wait_asks_the_shards_that_have_the_slots_now() {
+        let mut harness = Harness::new();
+        with_replica(&mut harness);
+        harness.session.written.note(users(), 1);
+        let mut reply = Vec::new();
+        let Ok(Next::Ask(mut waiting)) = wait(&mut harness.context(&mut reply), Args::new(arguments(&["1", "0"])))
+        else {
+            panic!("it asks");
+        };
+        assert_eq!(waiting.start(&mut harness.context(&mut reply)).expect("a round").len(), 1);
+        let mut snapshot = Snapshot::clone(&harness.routing.snapshot);
+        let grown = snapshot.keyspaces[1].begin_resize(2, vec![StoreId(0xb)]).expect("a resize");
+        let mut grown = grown.fence().expect("a fence").commit().expect("a commit");
+        grown.shards[1].replicas = vec![StoreId(0xa)];
+        snapshot.keyspaces[1] = grown;
+        harness.routing = Routing::new(Arc::new(snapshot));
+        // One that waits asks again, and the new shard's replica counts from the end of its log on.
+        let Ok(Round::Again(requests)) = waiting.again(&mut harness.context(&mut reply), &[None]) else {
+            panic!("it asks again");
+        };
+        assert_eq!(requests.iter().map(|request| request.target.shard.0).collect::<Vec<_>>(), [0, 1]);
+        let answers = vec![figures(1, 7, &[(0xa, 1, 1, 7)]), figures(1, 9, &[(0xa, 1, 1, 8)])];
+        assert!(matches!(waiting.next(&mut harness.context(&mut reply), answers), Ok(Round::Later { .. })));
+        let answers = vec![figures(1, 8, &[(0xa, 1, 1, 7)]), figures(1, 9, &[(0xa, 1, 1, 9)])];
+        assert!(matches!(waiting.next(&mut harness.context(&mut reply), answers), Ok(Round::Done)));
+        let mut asked = std::collections::BTreeSet::new();
+        let answered = harness.run_with("WAIT 1 0", &mut |request| {
+            asked.insert(request.target.shard.0);
+            figures(1, 7, &[(0xa, 1, 1, 7)])
+        });
+        assert_eq!((answered.as_str(), asked.len()), ("1", 2));
+    }
+
+    fn arguments(words: &[&'static str]) -> vasto_proto::batch::Arguments<'static> {
+        let mut packed = Vec::new();
+        words.iter().for_each(|word| vasto_proto::batch::write_bytes(&mut packed, word.as_bytes()));
+        vasto_proto::batch::Arguments::parse(packed.leak(), words.len() as u32).expect("packed right here")
     }
 
     #[test]

@@ -114,7 +114,7 @@ struct Scan {
     asked: usize,
 }
 
-/// A page that starts at a cursor.
+/// A page whose round under way starts at a cursor; the keys before it are taken.
 #[derive(Debug)]
 struct ScanFrom {
     scan: Scan,
@@ -212,6 +212,7 @@ impl Ask for ScanFrom {
             was_slot_end && cursor != 0 && slot_of_cursor(cursor).is_some_and(|slot| cursor == start_of(slot));
         if slot_is_done && (self.scan.keys.len() as u64) < self.scan.count {
             let routes = context.routing.keyspace(context.session.keyspace).ok_or(error::NO_KEYSPACE)?;
+            self.cursor = cursor;
             return Ok(Round::Again(self.scan.ask_from(routes, cursor)));
         }
         self.scan.reply(context, cursor);

@@ -2,10 +2,11 @@
 
 use super::replication::{self, Follower, ShardCopies};
 use super::{Ask, Context, Next, Round, ShardRequest};
+use crate::operation;
 use vasto_proto::command::{Args, ReplyWriter};
 use vasto_proto::error::{self, CommandError};
 use vasto_proto::id::{ShardId, ShardKey, StoreId};
-use vasto_proto::slot::slot_of;
+use vasto_proto::slot::{SLOT_COUNT, SlotTable, slot_of};
 use vasto_proto::topology::{HolderGroup, KeyspaceRecord, ShardRecord, Snapshot, StoreInfo};
 
 /// A value of a field.
@@ -38,18 +39,33 @@ pub fn topology(context: &mut Context<'_>, _args: Args<'_>) -> Result<Next, Comm
     let mut reply = ReplyWriter::new(context.reply);
     reply.array(snapshot.keyspaces.iter().map(|keyspace| keyspace.shards.len()).sum());
     for keyspace in &snapshot.keyspaces {
+        let slots = slots_by_shard(keyspace);
         for shard in 0..keyspace.shards.len() {
             reply.map(SHARD_FIELDS + 1);
             fields(&mut reply, &[("keyspace", Value::Text(&keyspace.name))]);
-            write_shard(&mut reply, snapshot, keyspace, shard);
+            write_shard(&mut reply, snapshot, keyspace, shard, &slots);
         }
     }
     Ok(Next::Replied)
 }
 
-const SHARD_FIELDS: usize = 7;
+/// How many slots are assigned to each shard, the last ones without any left out.
+fn slots_by_shard(keyspace: &KeyspaceRecord) -> Vec<u64> {
+    let table = SlotTable::new(keyspace.shard_count());
+    let mut slots = vec![0; usize::from(keyspace.shard_count())];
+    (0..SLOT_COUNT).for_each(|slot| slots[usize::from(table.shard(slot).0)] += 1);
+    slots
+}
 
-fn write_shard(reply: &mut ReplyWriter<'_>, snapshot: &Snapshot, keyspace: &KeyspaceRecord, number: usize) {
+const SHARD_FIELDS: usize = 9;
+
+fn write_shard(
+    reply: &mut ReplyWriter<'_>,
+    snapshot: &Snapshot,
+    keyspace: &KeyspaceRecord,
+    number: usize,
+    slots: &[u64],
+) {
     let shard = &keyspace.shards[number];
     let store = snapshot.store(shard.primary);
     let (primary, state) =
@@ -62,6 +78,8 @@ fn write_shard(reply: &mut ReplyWriter<'_>, snapshot: &Snapshot, keyspace: &Keys
             ("primary", Value::Text(&primary)),
             ("address", Value::Text(store.map_or("", |store| &store.address))),
             ("state", Value::Text(state)),
+            ("slots", Value::Number(slots.get(number).copied().unwrap_or(0))),
+            ("operation", Value::Text(&operation::part_of_shard(keyspace, number))),
         ],
     );
     for (name, stores) in [("replicas", &shard.replicas), ("learners", &shard.learners)] {
@@ -130,7 +148,7 @@ pub fn stores(context: &mut Context<'_>, _args: Args<'_>) -> Result<Next, Comman
             let shards = snapshot.keyspaces.iter().flat_map(|keyspace| &keyspace.shards);
             shards.filter(|shard| stores(shard).contains(&store.id)).count() as u64
         };
-        reply.map(11);
+        reply.map(12);
         fields(
             &mut reply,
             &[
@@ -149,6 +167,16 @@ pub fn stores(context: &mut Context<'_>, _args: Args<'_>) -> Result<Next, Comman
         reply.bulk(b"tags");
         reply.array(store.tags.len());
         store.tags.iter().for_each(|tag| reply.bulk(tag.as_bytes()));
+        // Of the keyspaces of which it has copies.
+        let operations = snapshot
+            .keyspaces
+            .iter()
+            .filter(|keyspace| keyspace.active_operation().is_some() && keyspace.shards_of(store.id).next().is_some());
+        let operations: Vec<String> =
+            operations.map(|keyspace| format!("{}: {}", keyspace.name, operation::summary(keyspace))).collect();
+        reply.bulk(b"operations");
+        reply.array(operations.len());
+        operations.iter().for_each(|operation| reply.bulk(operation.as_bytes()));
     }
     Ok(Next::Replied)
 }
@@ -162,7 +190,7 @@ pub fn automatic_failover(group: &HolderGroup) -> String {
     }
 }
 
-const KEYSPACE_FIELDS: usize = 9;
+const KEYSPACE_FIELDS: usize = 10;
 
 fn write_keyspace(reply: &mut ReplyWriter<'_>, snapshot: &Snapshot, keyspace: &KeyspaceRecord) {
     fields(
@@ -177,6 +205,7 @@ fn write_keyspace(reply: &mut ReplyWriter<'_>, snapshot: &Snapshot, keyspace: &K
             ("fsync", Value::Text(snapshot.fsync(keyspace).word())),
             ("min_replicas", Value::Number(u64::from(keyspace.settings.min_replicas()))),
             ("strict", Value::Text(if keyspace.settings.strict() { "yes" } else { "no" })),
+            ("operation", Value::Text(&operation::summary(keyspace))),
         ],
     );
 }
@@ -196,15 +225,18 @@ pub fn keyspace_list(context: &mut Context<'_>, _args: Args<'_>) -> Result<Next,
 /// One map, with the shards as an array of maps in it. Primaries are asked how far the other copies are.
 pub fn keyspace_info(context: &mut Context<'_>, mut args: Args<'_>) -> Result<Next, CommandError> {
     let keyspace = named_keyspace(&context.routing.snapshot, args.bytes()?)?;
-    let has_followers = |shard: &ShardRecord| !shard.is_vacant() && shard.copies().nth(1).is_some();
-    let shards = keyspace.shards.iter().enumerate().filter(|(_, shard)| has_followers(shard));
-    let key = |(number, _)| ShardKey { keyspace: keyspace.id, shard: ShardId(number as u16) };
-    let asked: Vec<ShardKey> = shards.map(key).collect();
-    if asked.is_empty() {
+    if shards_with_followers(keyspace).is_empty() {
         write_keyspace_info(context, keyspace.clone(), &[]);
         return Ok(Next::Replied);
     }
-    Ok(Next::Ask(Box::new(KeyspaceInfo { keyspace: keyspace.clone(), asked })))
+    Ok(Next::Ask(Box::new(KeyspaceInfo { keyspace: keyspace.clone(), asked: Vec::new() })))
+}
+
+/// Those whose primaries can tell of other copies.
+fn shards_with_followers(keyspace: &KeyspaceRecord) -> Vec<ShardKey> {
+    let has_followers = |shard: &ShardRecord| !shard.is_vacant() && shard.copies().nth(1).is_some();
+    let shards = keyspace.shards.iter().enumerate().filter(|(_, shard)| has_followers(shard));
+    shards.map(|(number, _)| ShardKey { keyspace: keyspace.id, shard: ShardId(number as u16) }).collect()
 }
 
 #[derive(Debug)]
@@ -214,7 +246,10 @@ struct KeyspaceInfo {
 }
 
 impl Ask for KeyspaceInfo {
-    fn start(&mut self, _context: &mut Context<'_>) -> Result<Vec<ShardRequest>, CommandError> {
+    fn start(&mut self, context: &mut Context<'_>) -> Result<Vec<ShardRequest>, CommandError> {
+        // It has changed when it is asked again.
+        let newest = context.routing.snapshot.keyspace(self.keyspace.id).unwrap_or(&self.keyspace);
+        self.asked = shards_with_followers(newest);
         Ok(self.asked.iter().map(|target| replication::ask(*target)).collect())
     }
 
@@ -235,9 +270,10 @@ fn write_keyspace_info(context: &mut Context<'_>, keyspace: KeyspaceRecord, copi
     write_keyspace(&mut reply, snapshot, &keyspace);
     reply.bulk(b"layout");
     reply.array(keyspace.shards.len());
+    let slots = slots_by_shard(&keyspace);
     for (number, shard) in keyspace.shards.iter().enumerate() {
         reply.map(SHARD_FIELDS + 1);
-        write_shard(&mut reply, snapshot, &keyspace, number);
+        write_shard(&mut reply, snapshot, &keyspace, number, &slots);
         let copies = copies.iter().find(|(known, _)| usize::from(known.0) == number).map(|(_, copies)| copies);
         let followers: Vec<StoreId> = shard.replicas.iter().chain(&shard.learners).copied().collect();
         reply.bulk(b"followers");
@@ -268,10 +304,10 @@ mod tests {
         harness.script(
             r#"
             > KEYSLOT {user1000}.following / < 3443
-            > KEYSPACE LIST / < [{"name": "0", "id": 0, "epoch": 1, "copies": 1, "shards": 3, "vacant_shards": 0, "fsync": "everysec", "min_replicas": 0, "strict": "yes"}, {"name": "users", "id": 5, "epoch": 1, "copies": 1, "shards": 1, "vacant_shards": 0, "fsync": "everysec", "min_replicas": 0, "strict": "yes"}]
-            > KEYSPACE INFO users / < {"name": "users", "id": 5, "epoch": 1, "copies": 1, "shards": 1, "vacant_shards": 0, "fsync": "everysec", "min_replicas": 0, "strict": "yes", "layout": [{"shard": 0, "epoch": 1, "primary": "0000000b", "address": "10.0.0.11:7201", "state": "down", "replicas": [], "learners": [], "followers": []}]}
+            > KEYSPACE LIST / < [{"name": "0", "id": 0, "epoch": 1, "copies": 1, "shards": 3, "vacant_shards": 0, "fsync": "everysec", "min_replicas": 0, "strict": "yes", "operation": ""}, {"name": "users", "id": 5, "epoch": 1, "copies": 1, "shards": 1, "vacant_shards": 0, "fsync": "everysec", "min_replicas": 0, "strict": "yes", "operation": ""}]
+            > KEYSPACE INFO users / < {"name": "users", "id": 5, "epoch": 1, "copies": 1, "shards": 1, "vacant_shards": 0, "fsync": "everysec", "min_replicas": 0, "strict": "yes", "operation": "", "layout": [{"shard": 0, "epoch": 1, "primary": "0000000b", "address": "10.0.0.11:7201", "state": "down", "slots": 16384, "operation": "", "replicas": [], "learners": [], "followers": []}]}
             > KEYSPACE INFO nosuch / < -ERR no such keyspace 'nosuch'
-            > STORES / < [{"id": "0000000a", "address": "10.0.0.10:7201", "state": "up", "free_disk_bytes": 1073741824, "shards": 2, "replicas": 0, "learners": 0, "zone": "", "holder": "no", "automatic_failover": "no: there are no holders of the records yet", "tags": []}, {"id": "0000000b", "address": "10.0.0.11:7201", "state": "down", "free_disk_bytes": 1073741824, "shards": 2, "replicas": 0, "learners": 0, "zone": "cellar", "holder": "no", "automatic_failover": "no: there are no holders of the records yet", "tags": ["ssd", "old"]}]
+            > STORES / < [{"id": "0000000a", "address": "10.0.0.10:7201", "state": "up", "free_disk_bytes": 1073741824, "shards": 2, "replicas": 0, "learners": 0, "zone": "", "holder": "no", "automatic_failover": "no: there are no holders of the records yet", "tags": [], "operations": []}, {"id": "0000000b", "address": "10.0.0.11:7201", "state": "down", "free_disk_bytes": 1073741824, "shards": 2, "replicas": 0, "learners": 0, "zone": "cellar", "holder": "no", "automatic_failover": "no: there are no holders of the records yet", "tags": ["ssd", "old"], "operations": []}]
             "#,
         );
         let topology = harness.run("TOPOLOGY");
@@ -280,6 +316,57 @@ mod tests {
             "{topology}"
         );
         assert_eq!(topology.matches("\"shard\":").count(), 4);
+    }
+
+    #[test]
+    fn an_operation_is_shown_with_the_keyspace_its_shards_and_its_stores() {
+        let mut harness = Harness::new();
+        let mut snapshot = Snapshot::clone(&harness.routing.snapshot);
+        let growing = snapshot.keyspaces[1].begin_resize(2, vec![StoreId(0xa)]).expect("possible");
+        snapshot.keyspaces[1] = growing;
+        harness.routing = Routing::new(Arc::new(snapshot));
+        let list = harness.run("KEYSPACE LIST");
+        assert!(list.contains(r#""name": "users", "id": 5, "epoch": 2, "copies": 1, "shards": 1,"#), "{list}");
+        assert!(list.contains(r#""operation": "resize from 1 to 2 shards: copy"}]"#), "{list}");
+        let info = harness.run_with("KEYSPACE INFO users", &mut |_| packed(|reply| reply.error("x")));
+        for part in ["gives slots", "gets slots"] {
+            assert!(info.contains(&format!(r#""operation": "{part}", "replicas": []"#)), "{info}");
+        }
+        let stores = harness.run("STORES");
+        assert_eq!(
+            stores.matches(r#""operations": ["users: resize from 1 to 2 shards: copy"]"#).count(),
+            2,
+            "{stores}"
+        );
+        assert!(harness.run("TOPOLOGY").contains(r#""operation": "gets slots""#));
+    }
+
+    #[test]
+    fn every_slot_is_shown_with_one_shard() {
+        let mut harness = Harness::new();
+        let mut show = |record: &KeyspaceRecord| {
+            let snapshot = Snapshot { keyspaces: vec![record.clone()], ..Snapshot::clone(&harness.routing.snapshot) };
+            harness.routing = Routing::new(Arc::new(snapshot));
+            let info = harness.run("KEYSPACE INFO users");
+            let slots: Vec<u64> = info
+                .split("\"slots\": ")
+                .skip(1)
+                .map(|rest| rest.split(',').next().expect("a number").parse().expect("a number"))
+                .collect();
+            assert_eq!(slots.iter().sum::<u64>(), u64::from(SLOT_COUNT), "{info}");
+            assert!(info.contains(&format!("\"shards\": {},", record.shard_count())), "{info}");
+            slots.len()
+        };
+        let record = KeyspaceRecord::new(vasto_proto::id::KeyspaceId(5), "users", &[StoreId(0xa)]).expect("valid");
+        let growing = record.begin_resize(3, vec![StoreId(0xb); 2]).expect("a resize");
+        assert_eq!(show(&record), 1);
+        assert_eq!(show(&growing), 3);
+        let grown = growing.fence().expect("a fence").commit().expect("a commit");
+        assert_eq!(show(&grown), 3);
+        let grown = grown.clean().expect("cleaned").finish().expect("done");
+        let shrinking = grown.begin_resize(2, Vec::new()).expect("a resize");
+        assert_eq!(show(&shrinking), 3);
+        assert_eq!(show(&shrinking.fence().expect("a fence").commit().expect("a commit")), 3);
     }
 
     #[test]

@@ -49,12 +49,17 @@ pub fn watch(context: &mut Context<'_>, args: Args<'_>) -> Result<Next, CommandE
     if context.session.transaction.is_some() {
         return Err(CommandError::fixed("ERR WATCH inside MULTI is not allowed"));
     }
-    Ok(Next::Ask(Box::new(Watch { keys: args.map(<[u8]>::to_vec).collect(), groups: Vec::new() })))
+    Ok(Next::Ask(Box::new(Watch {
+        keyspace: context.session.keyspace,
+        keys: args.map(<[u8]>::to_vec).collect(),
+        groups: Vec::new(),
+    })))
 }
 
 /// Asks each shard for the tokens of its keys.
 #[derive(Debug)]
 struct Watch {
+    keyspace: KeyspaceId,
     keys: Vec<Vec<u8>>,
     /// The keys of each request.
     groups: Vec<(ShardKey, Vec<Vec<u8>>)>,
@@ -62,17 +67,19 @@ struct Watch {
 
 impl Ask for Watch {
     fn start(&mut self, context: &mut Context<'_>) -> Result<Vec<ShardRequest>, CommandError> {
-        let routes = context.routing.keyspace(context.session.keyspace).ok_or(error::NO_KEYSPACE)?;
-        for key in self.keys.drain(..) {
-            let target = routes.shard_key(routes.shard_of_key(&key));
+        let routes = context.routing.keyspace(self.keyspace).ok_or(error::NO_KEYSPACE)?;
+        self.groups.clear();
+        for key in &self.keys {
             // A key that is watched already keeps its first token.
-            if context.session.watched.iter().any(|watched| watched.target == target && watched.key == key) {
+            let is_it = |watched: &WatchedKey| watched.keyspace == self.keyspace && watched.key == *key;
+            if context.session.watched.iter().any(is_it) {
                 continue;
             }
+            let target = routes.shard_key(routes.shard_of_key(key));
             match self.groups.iter_mut().find(|(known, _)| *known == target) {
-                Some((_, keys)) if keys.contains(&key) => {}
-                Some((_, keys)) => keys.push(key),
-                None => self.groups.push((target, vec![key])),
+                Some((_, keys)) if keys.contains(key) => {}
+                Some((_, keys)) => keys.push(key.clone()),
+                None => self.groups.push((target, vec![key.clone()])),
             }
         }
         let request = |(target, keys): &(ShardKey, Vec<Vec<u8>>)| ShardRequest {
@@ -85,9 +92,10 @@ impl Ask for Watch {
 
     fn next(&mut self, context: &mut Context<'_>, answers: Vec<Vec<u8>>) -> Result<Round, CommandError> {
         let mut watched = Vec::new();
-        for ((target, keys), answer) in self.groups.drain(..).zip(&answers) {
+        let keyspace = self.keyspace;
+        for ((_, keys), answer) in self.groups.drain(..).zip(&answers) {
             let tokens = tokens(answer, keys.len())?;
-            watched.extend(keys.into_iter().zip(tokens).map(|(key, token)| WatchedKey { target, key, token }));
+            watched.extend(keys.into_iter().zip(tokens).map(|(key, token)| WatchedKey { keyspace, key, token }));
         }
         context.session.watched.extend(watched);
         context.reply().ok();
@@ -134,11 +142,10 @@ pub fn exec(context: &mut Context<'_>, _args: Args<'_>) -> Result<Next, CommandE
             }
         }
     }
-    let target = target(context.routing, context.session.keyspace, &transaction.commands, &watched)?;
     Ok(Next::Ask(Box::new(Exec {
+        keyspace: context.session.keyspace,
         commands: transaction.commands,
         watched,
-        target,
         store_replies: None,
         done: Vec::new(),
         nested: None,
@@ -161,7 +168,11 @@ fn target(
     let mut add = |shard: ShardKey| {
         if *found.get_or_insert(shard) == shard { Ok(()) } else { Err(error::CROSS_SHARD) }
     };
-    watched.iter().try_for_each(|watched| add(watched.target))?;
+    for watched in watched {
+        // Tokens move with their rows: they hold in whichever shard the key is now.
+        let routes = routing.keyspace(watched.keyspace).ok_or(error::NO_KEYSPACE)?;
+        add(routes.shard_key(routes.shard_of_key(&watched.key)))?;
+    }
     for queued in commands {
         let command = match queued.command {
             Command::Store(command) => command,
@@ -207,9 +218,10 @@ fn keys<'a>(spec: &CommandSpec, arguments: Arguments<'a>) -> impl Iterator<Item 
 /// A transaction on its way: first the shard, then what the gateway answers itself, each reply in its place.
 #[derive(Debug)]
 struct Exec {
+    /// Of the connection when it began; SELECT is a command of its own in it.
+    keyspace: KeyspaceId,
     commands: Vec<QueuedCommand>,
     watched: Vec<WatchedKey>,
-    target: Option<ShardKey>,
     /// The packed replies of the store's commands, those that were not taken yet at the end.
     store_replies: Option<std::vec::IntoIter<Vec<u8>>>,
     /// Packed replies in the order of the commands, as far as they are known.
@@ -220,14 +232,14 @@ struct Exec {
 
 impl Ask for Exec {
     fn start(&mut self, context: &mut Context<'_>) -> Result<Vec<ShardRequest>, CommandError> {
-        let _ = context;
-        let Some(target) = self.target else {
+        let target = target(context.routing, self.keyspace, &self.commands, &self.watched)?;
+        let Some(target) = target else {
             self.store_replies = Some(Vec::new().into_iter());
             return Ok(Vec::new());
         };
         let mut request = vec![self.watched.len().to_string().into_bytes()];
-        for watched in self.watched.drain(..) {
-            request.extend([watched.key, watched.token]);
+        for watched in &self.watched {
+            request.extend([watched.key.clone(), watched.token.clone()]);
         }
         for queued in &self.commands {
             if let Command::Store(command) = queued.command {
@@ -255,21 +267,43 @@ impl Ask for Exec {
         } else if let Some(mut nested) = self.nested.take() {
             let mut reply = Vec::new();
             let round = nested.next(&mut sub_context(context, &mut reply), answers);
-            match round {
-                Ok(Round::Again(requests)) => {
-                    self.nested = Some(nested);
-                    return Ok(Round::Again(requests));
-                }
-                Ok(Round::Later { otherwise, .. }) => self.done.push(otherwise),
-                Ok(Round::Done) => self.done.push(reply),
-                Err(error) => self.done.push(error_reply(error.text())),
-            }
+            return self.take_nested(context, nested, round, reply);
         }
         self.go_on(context)
+    }
+
+    fn again(&mut self, context: &mut Context<'_>, answered: &[Option<Vec<u8>>]) -> Result<Round, CommandError> {
+        let Some(mut nested) = self.nested.take() else {
+            // The store has executed none of it.
+            return self.start(context).map(Round::Again);
+        };
+        let mut reply = Vec::new();
+        let round = nested.again(&mut sub_context(context, &mut reply), answered);
+        self.take_nested(context, nested, round, reply)
     }
 }
 
 impl Exec {
+    /// What the command wants whose turn it is; `reply` is its own if it is done.
+    fn take_nested(
+        &mut self,
+        context: &mut Context<'_>,
+        nested: Box<dyn Ask>,
+        round: Result<Round, CommandError>,
+        reply: Vec<u8>,
+    ) -> Result<Round, CommandError> {
+        match round {
+            Ok(Round::Again(requests)) => {
+                self.nested = Some(nested);
+                return Ok(Round::Again(requests));
+            }
+            Ok(Round::Later { otherwise, .. }) => self.done.push(otherwise),
+            Ok(Round::Done) => self.done.push(reply),
+            Err(error) => self.done.push(error_reply(error.text())),
+        }
+        self.go_on(context)
+    }
+
     /// Collects replies until a command must ask shards, or all are there.
     fn go_on(&mut self, context: &mut Context<'_>) -> Result<Round, CommandError> {
         while let Some(queued) = self.commands.get(self.done.len()) {

@@ -32,6 +32,8 @@ impl Ask for Verify {
     fn start(&mut self, context: &mut Context<'_>) -> Result<Vec<ShardRequest>, CommandError> {
         let routes = context.routing.keyspace(self.keyspace).ok_or(error::NO_KEYSPACE)?;
         self.asked = routes.shard_keys().collect();
+        // Of another number of shards, when it is asked again.
+        self.answers.clear();
         Ok(self.asked.first().map(|key| request(*key)).into_iter().collect())
     }
 

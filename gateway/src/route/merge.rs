@@ -21,6 +21,26 @@ impl Gather {
         Self { merge, answers: vec![None; groups.len()], left: groups.len(), groups }
     }
 
+    /// What a part asked for comes from several shards now: `shares` are places among its key groups. Returns their parts, of which the
+    /// first is the part itself.
+    pub fn split(&mut self, part: usize, shares: &[Vec<u32>]) -> Vec<u32> {
+        let groups = std::mem::take(&mut self.groups[part]);
+        let mut parts = Vec::with_capacity(shares.len());
+        for (place, share) in shares.iter().enumerate() {
+            let own = share.iter().map(|place| groups[*place as usize]).collect();
+            if place == 0 {
+                self.groups[part] = own;
+                parts.push(part as u32);
+            } else {
+                parts.push(self.groups.len() as u32);
+                self.groups.push(own);
+                self.answers.push(None);
+                self.left += 1;
+            }
+        }
+        parts
+    }
+
     /// Notes the packed answer of a part; true when it was the last one missing.
     pub fn put(&mut self, part: usize, answer: &[u8]) -> bool {
         if self.answers[part].replace(answer.to_vec()).is_none() {
@@ -136,6 +156,20 @@ mod tests {
         let out =
             merged(Merge::InKeyOrder, vec![vec![0, 3], vec![1, 2]], &[array(&[b"a", b"d"]), array(&[b"b", b"c"])]);
         assert_eq!(out, array(&[b"a", b"b", b"c", b"d"]));
+    }
+
+    #[test]
+    fn a_part_that_is_split_anew_keeps_the_places_of_its_keys() {
+        let mut gather = Gather::new(Merge::InKeyOrder, vec![vec![0, 3, 4, 6], vec![1, 2, 5]]);
+        assert!(!gather.put(1, &array(&[b"b", b"c", b"f"])));
+        assert_eq!(gather.split(0, &[vec![1, 3], vec![0, 2]]), [0, 2]);
+        assert_eq!(gather.split(2, &[vec![0], vec![1]]), [2, 3]);
+        assert!(!gather.put(3, &array(&[b"e"])));
+        assert!(!gather.put(0, &array(&[b"d", b"g"])));
+        assert!(gather.put(2, &array(&[b"a"])));
+        let mut out = Vec::new();
+        gather.finish(0, &mut out);
+        assert_eq!(out, array(&[b"a", b"b", b"c", b"d", b"e", b"f", b"g"]));
     }
 
     #[test]

@@ -23,16 +23,44 @@ pub struct Part {
     pub groups: Option<Vec<u32>>,
 }
 
-/// Plans a command that shards execute. `keyspace` is the connection's.
+/// The words of a command, its name among them.
+pub trait Words {
+    fn count(&self) -> usize;
+    fn at(&self, place: usize) -> &[u8];
+}
+
+/// As a client sent it.
+impl Words for CommandLine<'_> {
+    fn count(&self) -> usize {
+        self.len()
+    }
+
+    fn at(&self, place: usize) -> &[u8] {
+        self.word(place)
+    }
+}
+
+/// Of an operation that comes back: its name and its arguments, which may be only a share of what the client sent.
+impl Words for Vec<&[u8]> {
+    fn count(&self) -> usize {
+        self.len()
+    }
+
+    fn at(&self, place: usize) -> &[u8] {
+        self[place]
+    }
+}
+
+/// Plans a command that shards execute, or what is left of one. `keyspace` is the connection's.
 pub fn plan(
     spec: &CommandSpec,
-    line: CommandLine<'_>,
+    line: &impl Words,
     keyspace: &KeyspaceRoutes,
     routing: &Routing,
 ) -> Result<Plan, CommandError> {
     // A key without its value is answered as the shard would, but before anything is split.
     let step = usize::from(spec.keys.step.unsigned_abs()).max(1);
-    if spec.keys.last < 0 && !(line.len() - spec.keys.first as usize).is_multiple_of(step) {
+    if spec.keys.last < 0 && !(line.count() - spec.keys.first as usize).is_multiple_of(step) {
         return Err(error::wrong_arity(spec.name));
     }
     match spec.route {
@@ -46,34 +74,29 @@ pub fn plan(
     }
 }
 
-fn one_shard(spec: &CommandSpec, line: CommandLine<'_>, keyspace: &KeyspaceRoutes) -> Result<Plan, CommandError> {
+fn one_shard(spec: &CommandSpec, line: &impl Words, keyspace: &KeyspaceRoutes) -> Result<Plan, CommandError> {
     // Positions count the name as one word; a subcommand's line carries both words, as in Redis.
-    let mut positions = spec.key_positions(line.len());
-    let first = positions.next().map_or(line.word(0), |position| line.word(position));
+    let mut positions = spec.key_positions(line.count());
+    let first = positions.next().map_or(line.at(0), |position| line.at(position));
     let shard = keyspace.shard_of_key(first);
-    if positions.any(|position| keyspace.shard_of_key(line.word(position)) != shard) {
+    if positions.any(|position| keyspace.shard_of_key(line.at(position)) != shard) {
         return Err(error::CROSS_SHARD);
     }
     Ok(Plan::One(keyspace.shard_key(shard)))
 }
 
-fn split(
-    spec: &CommandSpec,
-    line: CommandLine<'_>,
-    keyspace: &KeyspaceRoutes,
-    merge: Merge,
-) -> Result<Plan, CommandError> {
-    if keyspace.record.shards.len() == 1 {
+fn split(spec: &CommandSpec, line: &impl Words, keyspace: &KeyspaceRoutes, merge: Merge) -> Result<Plan, CommandError> {
+    if keyspace.shard_count() == 1 {
         return Ok(Plan::One(keyspace.shard_keys().next().expect("a keyspace has a shard")));
     }
-    let words = spec.words_before_event_time(line.len(), |place| line.word(place));
+    let words = spec.words_before_event_time(line.count(), |place| line.at(place));
     // The share of a shard is a list of keys alone: an event time travels with the whole line, to the shard of its one key.
-    if words < line.len() && spec.key_positions(words).nth(1).is_some() {
+    if words < line.count() && spec.key_positions(words).nth(1).is_some() {
         return Err(error::EVENT_TIME_OF_SEVERAL);
     }
     let mut parts: Vec<Part> = Vec::new();
     for (group, position) in spec.key_positions(words).enumerate() {
-        let target = keyspace.shard_key(keyspace.shard_of_key(line.word(position)));
+        let target = keyspace.shard_key(keyspace.shard_of_key(line.at(position)));
         let part = match parts.iter().position(|part| part.target == target) {
             Some(index) => &mut parts[index],
             None => {
@@ -118,7 +141,7 @@ mod tests {
         if command.spec().flags.contains(vasto_proto::command::Flags::CONTAINER) {
             command = table::find_subcommand(command.spec(), line.word(1)).unwrap();
         }
-        plan(command.spec(), line, routing.keyspace(KeyspaceId(0)).unwrap(), &routing)
+        plan(command.spec(), &line, routing.keyspace(KeyspaceId(0)).unwrap(), &routing)
     }
 
     fn groups(plan: Plan) -> Vec<Vec<u32>> {

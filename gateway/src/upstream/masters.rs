@@ -1,4 +1,4 @@
-//! Asks the master to change keyspaces, on behalf of a client that waits for the answer.
+//! Asks the master to change keyspaces, or how far a change is, on behalf of a client that waits for the answer.
 
 use std::future::Future;
 use std::sync::Arc;
@@ -12,6 +12,8 @@ use vasto_proto::id::{KeyspaceId, StoreId};
 use vasto_proto::pb::master_client::MasterClient;
 use vasto_proto::topology::{KeyspaceRecord, Settings, Snapshot};
 use vasto_proto::{PROTOCOL_VERSION, net, pb};
+
+use crate::operation::{self, Progress};
 
 /// The master answers within 5 s, whatever the stores do; one that takes longer hangs.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(8);
@@ -48,6 +50,22 @@ pub struct Creation {
     pub may_exist: bool,
 }
 
+/// A keyspace shall have another number of shards.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Resizing {
+    pub name: String,
+    pub shards: u32,
+}
+
+/// The copies that a store has of a keyspace shall be elsewhere.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Replacement {
+    pub name: String,
+    pub store: StoreId,
+    /// `None`: wherever is best.
+    pub with: Option<StoreId>,
+}
+
 /// What the master is asked for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Change {
@@ -56,12 +74,24 @@ pub enum Change {
     /// The keyspace of this name.
     Drop(String),
     Failover(Failover),
+    Resize(Resizing),
+    Replace(Replacement),
+    /// The operation of the keyspace of this name.
+    Abort(String),
+    /// Nothing is changed: how far is the operation of the keyspace of this name?
+    Observe(String),
 }
 
 /// What has come of it.
 enum Changed {
     Record(KeyspaceRecord),
-    Dropped { keyspace: KeyspaceId, stores_down: Vec<StoreId> },
+    /// The record names an operation that has begun.
+    Begun(KeyspaceRecord),
+    Observed(KeyspaceRecord, Box<pb::OperationStatus>),
+    Dropped {
+        keyspace: KeyspaceId,
+        stores_down: Vec<StoreId>,
+    },
 }
 
 /// The way to the masters.
@@ -82,19 +112,47 @@ enum Failure {
     Elsewhere(String),
 }
 
+impl Failure {
+    fn error(&self) -> CommandError {
+        one_line(&match self {
+            Failure::NotSent(reason) => format!("{} ({reason})", error::NO_MASTER.text()),
+            Failure::Refused(text) | Failure::Elsewhere(text) => format!("ERR {text}"),
+            Failure::Lost(reason) => format!("{} ({reason})", error::MASTER_LOST.text()),
+        })
+    }
+
+    /// Why no master that leads has said anything; `None` if one has.
+    fn reason(&self) -> Option<String> {
+        match self {
+            Failure::Refused(_) => None,
+            Failure::NotSent(reason) => Some(format!("no master can be reached ({reason})")),
+            Failure::Lost(reason) => Some(format!("the master has not answered ({reason})")),
+            Failure::Elsewhere(text) => Some(text.clone()),
+        }
+    }
+}
+
 impl Masters {
     pub fn new(addresses: Vec<String>, topology: watch::Receiver<Arc<Snapshot>>) -> Self {
         Self { addresses, topology }
     }
 
-    /// Asks the master that leads, and returns the packed reply: OK when the change holds and this gateway knows it.
+    /// Asks the master that leads, and returns the packed reply: OK, or the number of the operation that has begun, when the change holds
+    /// and this gateway knows it.
     pub async fn change(&self, change: Change) -> Vec<u8> {
         let mut reply = Vec::new();
         match self.try_change(&change).await {
             Ok(Changed::Record(record)) => {
-                let knows = |known: &KeyspaceRecord| known.epoch >= record.epoch;
-                self.wait_until(|snapshot| snapshot.keyspace(record.id).is_some_and(knows)).await;
+                self.wait_for(&record).await;
                 ReplyWriter::new(&mut reply).ok();
+            }
+            Ok(Changed::Begun(record)) => {
+                self.wait_for(&record).await;
+                let operation = record.operation.map_or(0, |operation| operation.id);
+                ReplyWriter::new(&mut reply).integer(i64::try_from(operation).unwrap_or(i64::MAX));
+            }
+            Ok(Changed::Observed(record, status)) => {
+                operation::write_status(&mut ReplyWriter::new(&mut reply), &record, &Progress::Told(&status));
             }
             Ok(Changed::Dropped { keyspace, stores_down }) => {
                 self.wait_until(|snapshot| snapshot.dropped.contains(&keyspace)).await;
@@ -106,7 +164,19 @@ impl Masters {
                     ReplyWriter::new(&mut reply).simple(&text);
                 }
             }
-            Err(error) => ReplyWriter::new(&mut reply).error(error.text()),
+            Err(failure) => {
+                let latest = self.latest();
+                // Without a master the record is known all the same.
+                let known = match (&change, failure.reason()) {
+                    (Change::Observe(name), Some(reason)) => latest.keyspace_named(name).zip(Some(reason)),
+                    (_, _) => None,
+                };
+                let mut reply = ReplyWriter::new(&mut reply);
+                match known {
+                    Some((record, reason)) => operation::write_status(&mut reply, record, &Progress::Unknown(&reason)),
+                    None => reply.error(failure.error().text()),
+                }
+            }
         }
         reply
     }
@@ -116,7 +186,7 @@ impl Masters {
         Arc::clone(&self.topology.borrow())
     }
 
-    async fn try_change(&self, change: &Change) -> Result<Changed, CommandError> {
+    async fn try_change(&self, change: &Change) -> Result<Changed, Failure> {
         let mut reason = "this gateway has no address of one".to_owned();
         let mut elsewhere = None;
         // The leader first, as far as it is known; its address is perhaps not among those that this gateway was told.
@@ -127,14 +197,16 @@ impl Masters {
                 Ok(changed) => return Ok(changed),
                 Err(Failure::NotSent(text)) => reason = text,
                 Err(Failure::Elsewhere(text)) => elsewhere = Some(text),
-                Err(Failure::Refused(text)) => return Err(one_line(&format!("ERR {text}"))),
-                Err(Failure::Lost(text)) => return Err(one_line(&format!("{} ({text})", error::MASTER_LOST.text()))),
+                Err(failure @ (Failure::Refused(_) | Failure::Lost(_))) => return Err(failure),
             }
         }
-        if let Some(text) = elsewhere {
-            return Err(one_line(&format!("ERR {text}")));
-        }
-        Err(one_line(&format!("{} ({reason})", error::NO_MASTER.text())))
+        Err(elsewhere.map_or(Failure::NotSent(reason), Failure::Elsewhere))
+    }
+
+    /// In vain for a while at most: the change holds all the same.
+    async fn wait_for(&self, record: &KeyspaceRecord) {
+        let knows = |known: &KeyspaceRecord| known.epoch >= record.epoch;
+        self.wait_until(|snapshot| snapshot.keyspace(record.id).is_some_and(knows)).await;
     }
 
     async fn wait_until(&self, knows: impl Fn(&Snapshot) -> bool) {
@@ -184,6 +256,31 @@ async fn ask(master: &str, change: &Change) -> Result<Changed, Failure> {
             let response = answer(client.failover_shard(request)).await?;
             changed(response.record)
         }
+        Change::Resize(resizing) => {
+            let request =
+                pb::ResizeKeyspaceRequest { protocol_version, name: resizing.name.clone(), shards: resizing.shards };
+            begun(answer(client.resize_keyspace(request)).await?)
+        }
+        Change::Replace(replacement) => {
+            let request = pb::ReplaceStoreRequest {
+                protocol_version,
+                name: replacement.name.clone(),
+                store_id: replacement.store.0,
+                with_store_id: replacement.with.unwrap_or_default().0,
+            };
+            begun(answer(client.replace_store(request)).await?)
+        }
+        Change::Abort(name) => {
+            let request = pb::AbortOperationRequest { protocol_version, name: name.clone() };
+            let response = answer(client.abort_operation(request)).await?;
+            changed(response.record)
+        }
+        Change::Observe(name) => {
+            let request = pb::GetOperationRequest { protocol_version, name: name.clone() };
+            let mut status = answer(client.get_operation(request)).await?;
+            let record = read_record(status.record.take())?;
+            Ok(Changed::Observed(record, Box::new(status)))
+        }
         Change::Drop(name) => {
             let request = pb::DropKeyspaceRequest { protocol_version, name: name.clone() };
             let response = answer(client.drop_keyspace(request)).await?;
@@ -206,8 +303,16 @@ async fn answer<T>(call: impl Future<Output = Result<Response<T>, Status>>) -> R
 }
 
 fn changed(record: Option<pb::KeyspaceRecord>) -> Result<Changed, Failure> {
+    read_record(record).map(Changed::Record)
+}
+
+fn begun(response: pb::OperationResponse) -> Result<Changed, Failure> {
+    read_record(response.record).map(Changed::Begun)
+}
+
+fn read_record(record: Option<pb::KeyspaceRecord>) -> Result<KeyspaceRecord, Failure> {
     match record.map(KeyspaceRecord::try_from) {
-        Some(Ok(record)) => Ok(Changed::Record(record)),
+        Some(Ok(record)) => Ok(record),
         Some(Err(error)) => Err(Failure::Lost(error.to_string())),
         None => Err(Failure::Lost("the answer has no record".to_owned())),
     }
@@ -218,20 +323,4 @@ fn one_line(text: &str) -> CommandError {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use vasto_proto::command::Reply;
-
-    #[tokio::test]
-    async fn without_a_master_the_answer_says_so() {
-        let (_sender, topology) = watch::channel(Arc::new(Snapshot::default()));
-        let alteration = Alteration { name: "0".to_owned(), changes: Settings::default(), copies: None };
-        for (addresses, ending) in [(vec![], "(this gateway has no address of one)"), (vec!["127.0.0.1:1"], "error)")] {
-            let addresses = addresses.into_iter().map(str::to_owned).collect();
-            let reply = Masters::new(addresses, topology.clone()).change(Change::Alter(alteration.clone())).await;
-            let Some(Reply::Error(text)) = Reply::take(&mut reply.as_slice()) else { panic!("{reply:?}") };
-            let text = String::from_utf8_lossy(text);
-            assert!(text.starts_with(error::NO_MASTER.text()) && text.ends_with(ending), "{text}");
-        }
-    }
-}
+mod tests;

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 use tracing::{info, warn};
 use vasto_proto::batch::{
-    Answers, FLAG_AFTER_REFUSAL, FLAG_FROM_REPLICA, FLAG_LARGE_PERMIT, OPERATION_HEAD_BYTES, OperationHead, Outcome,
+    Answers, FLAG_FROM_REPLICA, FLAG_LARGE_PERMIT, OPERATION_HEAD_BYTES, OperationHead, Outcome, SHARD_COUNT_SHIFT,
     write_operation,
 };
 use vasto_proto::command::Flags;
@@ -38,7 +38,7 @@ const ANSWER_PATIENCE_MIN: Duration = Duration::from_secs(2);
 const LARGE_VALUE_PATIENCE: u32 = 12;
 /// A replica that does not answer costs a read this part of its deadline; the primary gets the rest.
 const REPLICA_PATIENCE_PART: u32 = 5;
-/// A primary that hands over by plan answers what it has taken; it is given this long for it.
+/// A primary that hands over by plan answers what it has taken, and so does a shard whose slots are assigned anew; it is given this long for it.
 const HANDING_OVER_PATIENCE: Duration = Duration::from_secs(1);
 
 /// Why an operation comes back whose shard was moved.
@@ -63,6 +63,11 @@ pub struct Request {
 impl Request {
     fn reader(&self) -> Reader {
         if self.flags & FLAG_FROM_REPLICA != 0 { Reader::OfReplicas } else { Reader::OfPrimaries }
+    }
+
+    /// By how many shards slots were assigned when it was planned.
+    pub fn shard_count(&self) -> u16 {
+        (self.flags >> SHARD_COUNT_SHIFT) as u16
     }
 
     /// How long a store may take for it. `None`: as long as it needs, while the master hears of the store.
@@ -92,6 +97,8 @@ pub struct Refused {
     pub text: String,
     /// When it was sent, or was to be, for the first time.
     pub since: Instant,
+    /// And for the last time.
+    pub sent_at: Instant,
     /// Its packed bytes, head included.
     pub operation: Bytes,
 }
@@ -269,12 +276,22 @@ impl Link {
     }
 
     /// Takes back what no longer belongs here: reads, and what was not sent, go to where the shard is now; of the rest the outcome is
-    /// unknown. A primary that hands over by plan still answers that, and is given the time for it by [`Link::give_up_late`].
+    /// unknown. A primary that hands over by plan still answers that, and is given the time for it by [`Link::give_up_late`]. So are stores
+    /// that were sent something by another number of shards: what they still serve of it they answer, the rest they refuse. Until then
+    /// nothing of its connection may go the new way.
     pub fn follow(&self, routing: &Routing) {
-        self.give_up(|InFlight { request, .. }, was_sent| {
+        self.give_up(|InFlight { connection, request, .. }, was_sent| {
+            let is_assigned_anew = !routing.is_assigned_by(request.target.keyspace, request.shard_count());
+            if is_assigned_anew && was_sent {
+                connection.keep_order();
+            }
             match routing.place(self.store, request.target, request.reader()) {
+                Place::Here | Place::Unknown if is_assigned_anew && !was_sent => Verdict::Elsewhere,
                 Place::Here | Place::Unknown => Verdict::Keep,
-                Place::HandingOver if was_sent && !request.is_read => Verdict::Keep,
+                Place::HandingOver if was_sent && !request.is_read => {
+                    connection.keep_order();
+                    Verdict::Keep
+                }
                 Place::HandingOver | Place::Elsewhere => Verdict::Elsewhere,
             }
         });
@@ -290,10 +307,15 @@ impl Link {
             // The store has its time from when it was sent, the way to it only what the deadline has left.
             let age = now.saturating_duration_since(if was_sent { *pushed_at } else { *since });
             let place = routing.place(self.store, request.target, request.reader());
-            if place == Place::HandingOver && age > HANDING_OVER_PATIENCE {
+            let patience = request.patience(deadline);
+            // A read may ask elsewhere; of a write that its old shard may have executed only that one can tell.
+            let may_ask_elsewhere = request.is_read
+                && patience.is_some()
+                && !routing.is_assigned_by(request.target.keyspace, request.shard_count());
+            if (place == Place::HandingOver || may_ask_elsewhere) && age > HANDING_OVER_PATIENCE {
                 return Verdict::Elsewhere;
             }
-            let patience = request.patience(deadline).or((!is_up).then_some(deadline.max(ANSWER_PATIENCE_MIN)));
+            let patience = patience.or((!is_up).then_some(deadline.max(ANSWER_PATIENCE_MIN)));
             if patience.is_some_and(|patience| age > patience) { Verdict::TooLate } else { Verdict::Keep }
         });
     }
@@ -305,7 +327,9 @@ impl Link {
             return;
         }
         let mut touched: Vec<Rc<Connection>> = Vec::new();
-        for GivenUp { operation: InFlight { connection, request, since, .. }, packed, was_sent, verdict } in given_up {
+        for GivenUp { operation: InFlight { connection, request, since, pushed_at, .. }, packed, was_sent, verdict } in
+            given_up
+        {
             let reason = if verdict == Verdict::TooLate { NO_ANSWER } else { MOVED };
             if was_sent && !request.is_read {
                 connection.unknown(&request, &error::unknown_outcome(reason));
@@ -313,7 +337,8 @@ impl Link {
                 connection.failed(&request, reason);
             } else {
                 let text = reason.to_owned();
-                connection.refused(Refused { request, outcome: Outcome::NotServing, text, since, operation: packed });
+                let outcome = Outcome::NotServing;
+                connection.refused(Refused { request, outcome, text, since, sent_at: pushed_at, operation: packed });
             }
             if connection.touch() {
                 touched.push(connection);
@@ -423,11 +448,8 @@ impl Link {
         }));
     }
 
-    /// Sends a refused operation again, to the primary of its shard. `flags` are added to its own.
-    pub fn push_again(&self, connection: &Rc<Connection>, refused: &Refused, epoch: Epoch, flags: u32) {
-        let mut request = refused.request;
-        request.epoch = epoch;
-        request.flags = request.flags & !(FLAG_FROM_REPLICA | FLAG_AFTER_REFUSAL) | flags;
+    /// Sends a refused operation again, as `request`, with the time that it has left.
+    pub fn push_again(&self, connection: &Rc<Connection>, request: Request, refused: &Refused) {
         let arguments = packed_arguments(&refused.operation);
         let bytes = refused.operation.len() - OPERATION_HEAD_BYTES;
         self.push_since(connection, request, arguments, bytes, refused.since);
@@ -536,7 +558,7 @@ impl Link {
         let mut is_first = true;
         for answer in Answers::new(answers) {
             let answer = answer.map_err(|error| LinkError(format!("the store sent a {error}")))?;
-            let (InFlight { connection, request, since, .. }, operation) = match self.settle(answer.id) {
+            let (InFlight { connection, request, since, pushed_at, .. }, operation) = match self.settle(answer.id) {
                 Settled::InFlight(operation, packed) => (operation, packed),
                 Settled::Abandoned => continue,
                 Settled::Unknown => {
@@ -559,7 +581,8 @@ impl Link {
                 | Outcome::NeedsLargePermit
                 | Outcome::NoReplicas => {
                     let text = String::from_utf8_lossy(answer.body).into_owned();
-                    connection.refused(Refused { request, outcome: answer.outcome, text, since, operation });
+                    let outcome = answer.outcome;
+                    connection.refused(Refused { request, outcome, text, since, sent_at: pushed_at, operation });
                 }
             }
             if connection.touch() {
@@ -612,7 +635,7 @@ impl Link {
             (entries, waiting, sent, first_serial)
         };
         let mut touched: Vec<Rc<Connection>> = Vec::new();
-        for InFlight { connection, request, since, batch, offset, bytes, .. } in entries {
+        for InFlight { connection, request, since, pushed_at, batch, offset, bytes } in entries {
             let index = (batch - first_serial) as usize;
             let was_sent = index < sent.len();
             if was_sent && !request.is_read {
@@ -625,6 +648,7 @@ impl Link {
                     outcome: Outcome::NotServing,
                     text: error.to_string(),
                     since,
+                    sent_at: pushed_at,
                     operation,
                 });
             }

@@ -1,5 +1,7 @@
 //! A worker with scripted stores: what clients are answered when stores hang, vanish, refuse, or are no longer what they were.
 
+mod resizing;
+
 use super::link::{AnswerReceiver, BatchSender, Connector, LinkError, LinkHalves, LocalFuture};
 use crate::clients::Clients;
 use crate::process::Memory;
@@ -48,6 +50,7 @@ enum Mode {
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Seen {
     line: String,
+    shard: u16,
     epoch: u64,
     flags: u32,
 }
@@ -67,6 +70,8 @@ struct Stores {
     stores: Mutex<BTreeMap<StoreId, Store>>,
     changed: Condvar,
     mode_changed: Notify,
+    /// Says what operations come to instead, if there is one.
+    model: Mutex<Option<resizing::Model>>,
 }
 
 impl Stores {
@@ -116,6 +121,7 @@ impl Stores {
     }
 
     fn take(&self, store: StoreId, batch: &[u8]) {
+        let mut model = self.model.lock();
         self.with(store.0, |known| {
             for operation in Operations::new(batch) {
                 let operation = operation.expect("a whole operation");
@@ -123,7 +129,19 @@ impl Stores {
                 let mut words = vec![command.spec().name.to_uppercase()];
                 words.extend(operation.arguments.map(|argument| String::from_utf8_lossy(argument).into_owned()));
                 let (epoch, flags) = (operation.head.epoch.0, operation.head.flags);
-                known.seen.push(Seen { line: words.join(" "), epoch, flags });
+                known.seen.push(Seen { line: words.join(" "), shard: operation.head.target.shard.0, epoch, flags });
+                if let Some(model) = model.as_mut() {
+                    let (outcome, body) = model.run(store, &operation.head, &words);
+                    let mut answer = Vec::new();
+                    write_answer(&mut answer, operation.head.id, outcome, &body);
+                    match &known.answers {
+                        Some(answers) if known.kept.is_empty() && !model.answers_late() => {
+                            answers.try_send(answer.into()).expect("the queue is long enough");
+                        }
+                        Some(_) | None => known.kept.push(answer),
+                    }
+                    continue;
+                }
                 let mut reply = Vec::new();
                 if command.spec().flags.contains(Flags::WRITE) {
                     ReplyWriter::new(&mut reply).ok();
@@ -221,6 +239,7 @@ fn snapshot(shards: &[ShardRecord], down: &[u32]) -> Snapshot {
     };
     let mut record = KeyspaceRecord::new(KeyspaceId(0), "0", &[StoreId(1)]).expect("valid");
     record.shards = shards.to_vec();
+    record.shard_count = shards.len() as u16;
     Snapshot {
         cluster: ClusterId(1),
         version: 1,

@@ -186,6 +186,10 @@ macro_rules! gateway_commands {
             KeyspaceDrop "keyspace|drop" -3 [ADMIN NOSCRIPT] (0 0 0) Here keyspaces::drop "vasto" "0.1.0" "Drops a keyspace with all its data, for good.";
             KeyspaceFailover "keyspace|failover" -5 [ADMIN NOSCRIPT] (0 0 0) Here keyspaces::failover "vasto" "0.1.0" "Gives a shard another primary, without loss.";
             KeyspaceInfo "keyspace|info" 3 [LOADING STALE] (0 0 0) Here topology::keyspace_info "vasto" "0.1.0" "Describes a keyspace.";
+            KeyspaceResize "keyspace|resize" -5 [ADMIN NOSCRIPT] (0 0 0) Here operations::resize "vasto" "0.1.0" "Begins to give a keyspace another number of shards while it serves; answers the number of the operation, or with WATCH its end.";
+            KeyspaceReplace "keyspace|replace" -5 [ADMIN NOSCRIPT] (0 0 0) Here operations::replace "vasto" "0.1.0" "Begins to give the copies that a store has of a keyspace to others; answers the number of the operation, or with WATCH its end.";
+            KeyspaceStatus "keyspace|status" 3 [NOSCRIPT LOADING STALE] (0 0 0) Here operations::status "vasto" "0.1.0" "Shows how far the operation of a keyspace is, or how the last one ended.";
+            KeyspaceAbort "keyspace|abort" 3 [ADMIN NOSCRIPT] (0 0 0) Here operations::abort "vasto" "0.1.0" "Ends the operation of a keyspace as if it had not begun; refused when it is committed.";
             KeyspaceVerify "keyspace|verify" 3 [ADMIN NOSCRIPT] (0 0 0) Here verification::keyspace_verify "vasto" "0.1.0" "Compares the copies of a keyspace's shards; those that differ are made anew.";
             KeyspaceCompact "keyspace|compact" 3 [ADMIN NOSCRIPT] (0 0 0) Here compaction::keyspace_compact "vasto" "0.1.0" "Rewrites the files of a keyspace without its dead rows.";
         }

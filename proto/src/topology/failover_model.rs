@@ -20,7 +20,7 @@ mod copies;
 mod leases;
 
 /// The bounds that are asked for.
-fn bounds<B>(narrow: B, wide: B) -> B {
+pub(super) fn bounds<B>(narrow: B, wide: B) -> B {
     match std::env::var("VASTO_MODEL") {
         Ok(asked) if asked == "wide" => wide,
         Ok(asked) => panic!("VASTO_MODEL is {asked:?}: it may be \"wide\" or left out"),
@@ -29,7 +29,7 @@ fn bounds<B>(narrow: B, wide: B) -> B {
 }
 
 /// Looks at all states.
-fn check<M>(model: M)
+pub(super) fn check<M>(model: M)
 where
     M: Model + Debug + Clone + Send + Sync + 'static,
     M::State: Clone + Debug + Hash + PartialEq + Send + Sync,
@@ -41,7 +41,7 @@ where
 }
 
 /// Looks for the shortest way to a state in which one of the properties does not hold.
-fn refute<M>(model: M, properties: &[&'static str])
+pub(super) fn refute<M>(model: M, properties: &[&'static str])
 where
     M: Model + Debug + Clone + Send + Sync + 'static,
     M::State: Clone + Debug + Hash + PartialEq + Send + Sync,

@@ -82,6 +82,107 @@ pub struct ShardStatus {
     pub serves: bool,
     /// Of a primary: every replica and learner of the record.
     pub followers: Vec<FollowerStatus>,
+    /// Bytes of its files and memtables.
+    pub bytes: u64,
+    /// It may hold rows of slots that it does not own.
+    pub has_foreign_rows: bool,
+    /// Of a primary that gets slots of other shards: each of those shards.
+    pub moves: Vec<MoveStatus>,
+}
+
+/// How far a shard is with the slots of another one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum MoveStage {
+    /// The source cannot be reached, or is about to begin.
+    #[default]
+    Waits,
+    Copies,
+    /// Everything has been copied; what changes is taken over as it comes.
+    Follows,
+    /// Everything up to the source's fence, which the record of this epoch set, is here and with the copies of this shard.
+    Drained {
+        fence: Epoch,
+    },
+}
+
+/// What has come of one source's slots.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct MoveStatus {
+    /// The shard that has them.
+    pub source: ShardId,
+    pub operation: u64,
+    pub stage: MoveStage,
+    pub slots: u32,
+    pub slots_copied: u32,
+    pub rows_copied: u64,
+    /// Bytes of keys and rows.
+    pub bytes_copied: u64,
+    /// An estimate of all of them.
+    pub bytes_expected: u64,
+    /// Keys that have changed at the source and are not here yet.
+    pub behind_keys: u64,
+    /// For how long the oldest of them has waited.
+    pub behind_ms: u64,
+    pub changes_applied: u64,
+    /// How often it began.
+    pub attempts: u32,
+    /// Why it does not go on, for people; empty = it does.
+    pub trouble: String,
+}
+
+impl From<&MoveStatus> for pb::MoveStatus {
+    fn from(status: &MoveStatus) -> Self {
+        let (stage, fence) = match status.stage {
+            MoveStage::Waits => (pb::MoveStage::Waits, 0),
+            MoveStage::Copies => (pb::MoveStage::Copies, 0),
+            MoveStage::Follows => (pb::MoveStage::Follows, 0),
+            MoveStage::Drained { fence } => (pb::MoveStage::Drained, fence.0),
+        };
+        Self {
+            source: u32::from(status.source.0),
+            operation: status.operation,
+            stage: stage.into(),
+            fence,
+            slots: status.slots,
+            slots_copied: status.slots_copied,
+            rows_copied: status.rows_copied,
+            bytes_copied: status.bytes_copied,
+            bytes_expected: status.bytes_expected,
+            behind_keys: status.behind_keys,
+            behind_ms: status.behind_ms,
+            changes_applied: status.changes_applied,
+            attempts: status.attempts,
+            trouble: status.trouble.clone(),
+        }
+    }
+}
+
+impl MoveStatus {
+    /// `None` if it cannot be true.
+    pub fn from_message(message: pb::MoveStatus) -> Option<Self> {
+        let stage = match message.stage() {
+            pb::MoveStage::Waits => MoveStage::Waits,
+            pb::MoveStage::Copies => MoveStage::Copies,
+            pb::MoveStage::Follows => MoveStage::Follows,
+            pb::MoveStage::Drained => MoveStage::Drained { fence: Epoch(message.fence) },
+            pb::MoveStage::Unset => return None,
+        };
+        Some(Self {
+            source: ShardId(u16::try_from(message.source).ok()?),
+            operation: message.operation,
+            stage,
+            slots: message.slots,
+            slots_copied: message.slots_copied,
+            rows_copied: message.rows_copied,
+            bytes_copied: message.bytes_copied,
+            bytes_expected: message.bytes_expected,
+            behind_keys: message.behind_keys,
+            behind_ms: message.behind_ms,
+            changes_applied: message.changes_applied,
+            attempts: message.attempts,
+            trouble: message.trouble,
+        })
+    }
 }
 
 /// What a primary knows of one follower.
@@ -115,6 +216,9 @@ impl From<&ShardStatus> for pb::ShardStatus {
             position: status.position.map(Into::into),
             serves: status.serves,
             followers: status.followers.iter().map(follower).collect(),
+            bytes: status.bytes,
+            has_foreign_rows: status.has_foreign_rows,
+            moves: status.moves.iter().map(Into::into).collect(),
         }
     }
 }
@@ -143,6 +247,9 @@ impl ShardStatus {
             position: message.position.map(Into::into),
             serves: message.serves,
             followers: message.followers.into_iter().map(follower).collect(),
+            bytes: message.bytes,
+            has_foreign_rows: message.has_foreign_rows,
+            moves: message.moves.into_iter().map(MoveStatus::from_message).collect::<Option<_>>()?,
         })
     }
 }
@@ -175,6 +282,20 @@ mod tests {
             position: Some(Position { era: Era { epoch: Epoch(9), opened: 1 }, sequence: 5 }),
             serves: true,
             followers: vec![FollowerStatus { store: StoreId(8), connected: true, in_sync: false, applied: 4 }],
+            bytes: 1 << 40,
+            has_foreign_rows: true,
+            moves: vec![
+                MoveStatus {
+                    source: ShardId(3),
+                    operation: 12,
+                    stage: MoveStage::Drained { fence: Epoch(14) },
+                    slots: 9,
+                    behind_ms: 40,
+                    trouble: "none".to_owned(),
+                    ..MoveStatus::default()
+                },
+                MoveStatus::default(),
+            ],
         };
         let message = pb::ShardStatus::from(&status);
         assert_eq!(ShardStatus::from_message(message.clone()), Some(status));

@@ -1,5 +1,6 @@
 //! The record: the durable description of one keyspace.
 
+use super::operation::{Operation, OperationKind};
 use super::settings::Settings;
 use crate::id::{Epoch, KeyspaceId, ShardId, StoreId};
 use crate::pb;
@@ -19,8 +20,12 @@ pub struct KeyspaceRecord {
     pub epoch: Epoch,
     /// Replication factor: the primary and its replicas together.
     pub copies: u32,
-    /// By shard number; never empty.
+    /// By shard number; never empty. While the keyspace is resized: those of before and after.
     pub shards: Vec<ShardRecord>,
+    /// The number of shards by which slots are assigned.
+    pub shard_count: u16,
+    /// What is being done with the keyspace, or was done last.
+    pub operation: Option<Operation>,
     pub settings: Settings,
     /// The keyspace is no more. Such a record stays for good, so that nobody who still has an older one brings it back; its shards
     /// say who held them.
@@ -47,6 +52,9 @@ pub struct ShardRecord {
     /// Copies (replicas, or learners that have been replicas) that may alone have something that was acknowledged: nobody is chosen
     /// before each of them was heard. Names the copies while one of them leaves, or while more of them must begin to have everything.
     pub witnesses: Vec<StoreId>,
+    /// The epoch of the record that made the shard, 0 with the keyspace: a shard of a number that was there before is another one, and what
+    /// is left of that one is nothing to it.
+    pub born: Epoch,
 }
 
 /// Copies of one shard, those included that come and go: far more than anybody needs, few enough to list.
@@ -57,7 +65,8 @@ pub const NOBODY: StoreId = StoreId(0);
 
 impl ShardRecord {
     pub fn new(epoch: Epoch, primary: StoreId, replicas: Vec<StoreId>) -> Self {
-        Self { epoch, primary, replicas, learners: Vec::new(), previous: NOBODY, witnesses: Vec::new() }
+        let (learners, witnesses) = (Vec::new(), Vec::new());
+        Self { epoch, primary, replicas, learners, previous: NOBODY, witnesses, born: Epoch::default() }
     }
 
     pub fn is_vacant(&self) -> bool {
@@ -108,14 +117,28 @@ pub enum RecordError {
     Shard { shard: ShardId, fault: &'static str },
     #[error("a shard has 1 to {COPIES_MAX} copies, not {0}")]
     Copies(u32),
+    #[error("slots are assigned to {shard_count} shards, {shards} are described, and the operation says otherwise")]
+    Layout { shard_count: u16, shards: usize },
+    /// A later version may know it.
+    #[error("an operation that is not known here")]
+    Operation,
 }
 
 impl KeyspaceRecord {
     /// The first record of a new keyspace.
     pub fn new(id: KeyspaceId, name: &str, primaries: &[StoreId]) -> Result<Self, RecordError> {
         let shards = primaries.iter().map(|primary| ShardRecord::new(Epoch(1), *primary, Vec::new())).collect();
-        let settings = Settings::default();
-        let record = Self { id, name: name.to_owned(), epoch: Epoch(1), copies: 1, shards, settings, dropped: false };
+        let record = Self {
+            id,
+            name: name.to_owned(),
+            epoch: Epoch(1),
+            copies: 1,
+            shards,
+            shard_count: u16::try_from(primaries.len()).map_err(|_| RecordError::ShardCount(primaries.len()))?,
+            operation: None,
+            settings: Settings::default(),
+            dropped: false,
+        };
         record.validate()?;
         Ok(record)
     }
@@ -133,12 +156,30 @@ impl KeyspaceRecord {
         if self.copies as usize > COPIES_MAX {
             return Err(RecordError::Copies(self.copies));
         }
+        if !self.has_likely_layout() {
+            return Err(RecordError::Layout { shard_count: self.shard_count, shards: self.shards.len() });
+        }
         for (shard, record) in self.shards.iter().enumerate() {
             if let Some(fault) = record.fault() {
                 return Err(RecordError::Shard { shard: ShardId(shard as u16), fault });
             }
         }
         Ok(())
+    }
+
+    /// Whether the numbers of shards agree with each other.
+    fn has_likely_layout(&self) -> bool {
+        let (serving, described) = (usize::from(self.shard_count), self.shards.len());
+        let resize = self.active_operation().and_then(|operation| match operation.kind {
+            OperationKind::Resize { from, to } => Some((operation.may_be_aborted(), from, to)),
+            OperationKind::Replace { .. } => None,
+        });
+        match resize {
+            Some((is_before, from, to)) => {
+                described == usize::from(from.max(to)) && self.shard_count == if is_before { from } else { to }
+            }
+            None => serving == described,
+        }
     }
 
     /// The next version of the record with other settings. The shards' epochs stay, so no request in flight is refused.
@@ -149,7 +190,9 @@ impl KeyspaceRecord {
     /// The last version of the record: the keyspace is no more.
     pub fn as_dropped(&self) -> Self {
         let epoch = Epoch(self.epoch.0 + DROPPED_EPOCHS);
-        Self { epoch, settings: Settings::default(), dropped: true, ..self.clone() }
+        let shard_count = self.shards.len() as u16;
+        let settings = Settings::default();
+        Self { epoch, settings, dropped: true, operation: None, shard_count, ..self.clone() }
     }
 
     /// Whether two records of one keyspace cannot both be true: one version that says different things. That a keyspace is no more is
@@ -165,8 +208,9 @@ impl KeyspaceRecord {
         shards.map(|(number, shard)| (ShardId(number as u16), shard))
     }
 
+    /// By how many shards slots are assigned.
     pub fn shard_count(&self) -> u16 {
-        self.shards.len() as u16
+        self.shard_count
     }
 
     /// The shards that a store serves as primary; none of a dropped keyspace.
@@ -194,6 +238,7 @@ impl From<&KeyspaceRecord> for pb::KeyspaceRecord {
             learners: shard.learners.iter().map(|store| store.0).collect(),
             previous: shard.previous.0,
             witnesses: shard.witnesses.iter().map(|store| store.0).collect(),
+            born: shard.born.0,
         };
         Self {
             keyspace_id: record.id.0,
@@ -203,6 +248,8 @@ impl From<&KeyspaceRecord> for pb::KeyspaceRecord {
             shards: record.shards.iter().map(shard).collect(),
             settings: Some((&record.settings).into()),
             dropped: record.dropped,
+            shard_count: record.shard_count.into(),
+            operation: record.operation.as_ref().map(Into::into),
         }
     }
 }
@@ -218,13 +265,24 @@ impl TryFrom<pb::KeyspaceRecord> for KeyspaceRecord {
             learners: shard.learners.into_iter().map(StoreId).collect(),
             previous: StoreId(shard.previous),
             witnesses: shard.witnesses.into_iter().map(StoreId).collect(),
+            born: Epoch(shard.born),
         };
+        let shards: Vec<ShardRecord> = message.shards.into_iter().map(shard).collect();
+        let count = |count: usize| u16::try_from(count).map_err(|_| RecordError::ShardCount(count));
+        let operation = |operation| Operation::from_message(operation).ok_or(RecordError::Operation);
         let record = Self {
             id: KeyspaceId(message.keyspace_id),
             name: message.name,
             epoch: Epoch(message.epoch),
             copies: message.copies,
-            shards: message.shards.into_iter().map(shard).collect(),
+            // Processes before protocol version 5 do not resize.
+            shard_count: if message.shard_count == 0 {
+                count(shards.len())?
+            } else {
+                count(message.shard_count as usize)?
+            },
+            operation: message.operation.map(operation).transpose()?,
+            shards,
             // Processes before protocol version 2 do not know them.
             settings: message.settings.map(Settings::try_from).transpose()?.unwrap_or_default(),
             dropped: message.dropped,

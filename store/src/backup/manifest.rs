@@ -71,7 +71,9 @@ impl Manifest {
         let Self { name, cluster, store, data_format, started_s, finished_s, keyspaces, shards, files } = self;
         let mut text = format!("{TITLE} {VERSION}\nname {name}\ncluster {cluster}\nstore {store}\n");
         let _ = write!(text, "data-format {data_format}\nstarted {started_s}\nfinished {finished_s}\n");
-        for KeyspaceRecord { id, name, epoch, copies, settings, shards, dropped } in keyspaces {
+        for KeyspaceRecord { id, name, epoch, copies, settings, shards, shard_count: _, operation: _, dropped } in
+            keyspaces
+        {
             let shards = shards.len();
             let fsync = settings.fsync.map(|fsync| format!(" fsync {fsync}")).unwrap_or_default();
             let dropped = if *dropped { " dropped" } else { "" };

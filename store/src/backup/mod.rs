@@ -19,6 +19,7 @@ use crate::shard::Shard;
 use crate::shard::map::{Entry, ShardMap};
 use manifest::{FileEntry, Manifest, ShardEntry};
 use parking_lot::Mutex;
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
@@ -46,6 +47,8 @@ pub enum BackupError {
     Name(String),
     #[error("shard {shard} is not served: {reason}")]
     NotServed { shard: ShardKey, reason: String },
+    #[error("keyspace {0} is being resized or has a store replaced: wait until that has ended, or abort it")]
+    Operation(String),
     #[error("cannot take a checkpoint of shard {shard}: {source}")]
     Checkpoint { shard: ShardKey, source: EngineError },
     #[error("cannot write {path}: {source}")]
@@ -99,6 +102,7 @@ impl Backups {
         if !is_name || self.data.join(FOLDER).join(name).exists() {
             return Err(BackupError::Name(name.to_owned()));
         }
+        operations(&self.data)?;
         status.is_running = true;
         Ok(())
     }
@@ -152,6 +156,7 @@ impl Backups {
         for path in [folder, &records, &shards] {
             fs::create_dir(path).map_err(at(path))?;
         }
+        let before = operations(&self.data)?;
         let mut shard_entries = Vec::new();
         for shard in all_served(map)? {
             self.go_on()?;
@@ -166,6 +171,12 @@ impl Backups {
         for record in node::record_files(&self.data)? {
             let name = record.file_name().unwrap_or_default();
             copy_small(&record, &records.join(name))?;
+        }
+        // Shards that were taken before and behind a step would not fit together.
+        for (keyspace, operation) in operations(folder)? {
+            if before.get(&keyspace).is_some_and(|before| *before != operation) {
+                return Err(BackupError::Operation(keyspace));
+            }
         }
         // Read from the copy: what is described is what is there.
         let identity = Identity::load_or_draw(folder)?;
@@ -223,6 +234,18 @@ impl Backups {
         let name = path.strip_prefix(folder).expect("it was found below this folder");
         Ok(FileEntry { name: name.display().to_string(), bytes, checksum: crc.value() })
     }
+}
+
+/// The last operation of each keyspace, none of which may go on.
+fn operations(data: &Path) -> Result<BTreeMap<String, Option<u64>>, BackupError> {
+    let mut operations = BTreeMap::new();
+    for record in node::load_records(data)?.into_values() {
+        if record.active_operation().is_some() {
+            return Err(BackupError::Operation(record.name));
+        }
+        operations.insert(record.name, record.operation.map(|operation| operation.id));
+    }
+    Ok(operations)
 }
 
 /// All shards of the store in order; a backup without one of them would look whole and not be.

@@ -13,6 +13,7 @@ fn refusal(error: BackupError) -> CommandError {
         | BackupError::Checkpoint { .. }
         | BackupError::Io { .. }
         | BackupError::Data(_)
+        | BackupError::Operation(_)
         | BackupError::Stopping) => format!("ERR {error}").into(),
     }
 }

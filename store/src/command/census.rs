@@ -388,6 +388,15 @@ pub struct Moment {
     /// The database's number of its last write.
     pub sequence: u64,
     pub flush_ns: u64,
+    /// Which slots are counted, by the version of what the shard owns.
+    pub ownership: u64,
+}
+
+impl Moment {
+    /// Whether nothing but single writes lies between the two.
+    fn counts_the_same(self, other: Self) -> bool {
+        (self.flush_ns, self.ownership) == (other.flush_ns, other.ownership)
+    }
 }
 
 impl Kept {
@@ -402,7 +411,7 @@ impl Kept {
             now.saturating_duration_since(kept.taken) < KEPT_FOR
                 && writes as f64 * KEPT_WRITES_PART <= kept.census.counts.keys
         };
-        (is_valid && kept.at.flush_ns == at.flush_ns).then(|| kept.census.clone())
+        (is_valid && kept.at.counts_the_same(at)).then(|| kept.census.clone())
     }
 
     /// Keys of slots for a random choice among them, as they were a while ago.
@@ -411,7 +420,7 @@ impl Kept {
         let kept = kept.as_ref()?;
         let writes = at.sequence.saturating_sub(kept.at.sequence);
         let is_recent = now.saturating_duration_since(kept.taken) < CHANCES_KEPT_FOR
-            && kept.at.flush_ns == at.flush_ns
+            && kept.at.counts_the_same(at)
             && writes * CHANCES_WRITES_PART <= kept.census.counts.keys as u64;
         is_recent.then(|| kept.census.chances())
     }
@@ -602,7 +611,7 @@ mod tests {
     #[test]
     fn a_census_is_answered_again_only_while_it_is_true_enough() {
         let kept = Kept::default();
-        let (at, now) = (Moment { sequence: 1000, flush_ns: 5 }, Instant::now());
+        let (at, now) = (Moment { sequence: 1000, flush_ns: 5, ownership: 1 }, Instant::now());
         assert_eq!(kept.get(at, now), None);
         let counts = Counts { keys: 200_000.0, ..Counts::default() };
         let estimate = Census { counts, keys_error: 100.0, ..Census::default() };
@@ -612,6 +621,7 @@ mod tests {
         assert_eq!(kept.get(Moment { sequence: 11_000, ..at }, now), Some(estimate.clone()));
         assert_eq!(kept.get(Moment { sequence: 11_001, ..at }, now), None, "more than 5 % were written");
         assert_eq!(kept.get(Moment { flush_ns: 6, ..at }, now), None, "flushed");
+        assert_eq!(kept.get(Moment { ownership: 2, ..at }, now), None, "of other slots");
         let exact = Census { exact: true, ..estimate };
         kept.put(exact.clone(), at, now);
         assert_eq!(kept.get(at, now + 10 * KEPT_FOR), Some(exact.clone()));

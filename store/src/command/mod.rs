@@ -105,6 +105,24 @@ pub fn takes_all_keys(command: StoreCommand, args: Args<'_>) -> bool {
     flushes || command == StoreCommand::InternalExec && transaction::takes_all_keys(args)
 }
 
+/// Whether the command is about all keys of the shard's slots, without naming them; of a transaction, whether one of its commands is.
+pub fn covers_slots(command: StoreCommand, args: Args<'_>) -> bool {
+    if command == StoreCommand::InternalExec {
+        return transaction::covers_slots(args);
+    }
+    let covers = matches!(
+        command,
+        StoreCommand::Dbsize
+            | StoreCommand::Keys
+            | StoreCommand::Randomkey
+            | StoreCommand::Flushdb
+            | StoreCommand::Flushall
+            | StoreCommand::InternalScan
+    );
+    // With an argument it counts no keys.
+    covers || command == StoreCommand::InternalStats && args.is_empty()
+}
+
 /// Whether the command may change rows; of a transaction, whether one of its commands may.
 pub fn writes(command: StoreCommand, args: Args<'_>) -> bool {
     if command == StoreCommand::InternalExec {

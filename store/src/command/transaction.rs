@@ -70,6 +70,10 @@ pub fn needs_lane(args: Args<'_>) -> bool {
     commands(args).any(|(command, args)| super::needs_lane(command, args))
 }
 
+pub fn covers_slots(args: Args<'_>) -> bool {
+    commands(args).any(|(command, args)| super::covers_slots(command, args))
+}
+
 pub fn writes(args: Args<'_>) -> bool {
     commands(args).any(|(command, args)| super::writes(command, args))
 }

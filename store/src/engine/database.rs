@@ -3,13 +3,13 @@
 use super::garbage::{Factory, Garbage, Rules};
 use super::log_batch::Family;
 use super::tail::{Behind, Logged, Tail};
-use super::{Engine, EngineError, OldLogs, Tier, compact_all_options, meta, synced_mark};
+use super::{Engine, EngineError, OldLogs, Tier, compact_all_options, compact_part_options, meta, synced_mark};
 use parking_lot::Mutex;
 use rocksdb::checkpoint::Checkpoint;
 use rocksdb::properties;
 use rocksdb::{
-    Cache, ColumnFamily, ColumnFamilyDescriptor, DB, DBPinnableSlice, DBRawIterator, ErrorKind, ReadOptions, ReadTier,
-    WriteBatch, WriteOptions,
+    Cache, ColumnFamily, ColumnFamilyDescriptor, DB, DBPinnableSlice, DBRawIterator, ErrorKind,
+    IngestExternalFileOptions, Options, ReadOptions, ReadTier, SstFileWriter, WriteBatch, WriteOptions,
 };
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
@@ -19,8 +19,11 @@ use std::ops::{ControlFlow, Range};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::Duration;
 use vasto_proto::row::Stamp;
+use vasto_proto::slot::SLOT_COUNT;
+use vasto_proto::topology::SlotSet;
 
 /// The order fixes the column families' ids: 1, 2, 3 (0 is RocksDB's own, which stays empty).
 const KEYS: &str = "keys";
@@ -41,6 +44,7 @@ pub struct Database {
     tail: Tail,
     old_logs: OldLogs,
     keeps_files: Mutex<bool>,
+    moved_options: Options,
 }
 
 /// How far the log is synced, by sequence numbers; 0 = not since the database was opened.
@@ -49,6 +53,8 @@ struct Synced {
     up_to: AtomicU64,
     /// What the log itself says of it.
     noted: AtomicU64,
+    /// The last file that was taken in: the number before it and the one behind. Numbers in between need not stand in the log.
+    jump: Mutex<(u64, u64)>,
 }
 
 impl Synced {
@@ -57,13 +63,29 @@ impl Synced {
         let up_to = self.up_to.load(Ordering::Acquire);
         (up_to > self.noted.load(Ordering::Acquire)).then_some(up_to)
     }
+
+    /// The last number that stands in the log, or one before it. A mark with a number that a file has taken would call the batch
+    /// behind it synced.
+    fn logged(&self, latest: impl FnOnce() -> u64) -> u64 {
+        let (before, behind) = *self.jump.lock();
+        let latest = latest();
+        if (before..=behind).contains(&latest) { before } else { latest }
+    }
 }
 
 /// Bytes of a WriteBatch's own header and of what surrounds one row in it: capacity to ask for.
 const BATCH_HEAD_BYTES: usize = 12;
 const BATCH_ROW_BYTES: usize = 12;
 
+/// What who reads much once reads at a time.
+const READ_AHEAD_BYTES: usize = 256 << 10;
+
+/// A request to write memtables out that nobody has begun to carry out by then is lost.
+const LOST_AFTER: Duration = Duration::from_secs(1);
+
 const LOG_EXTENSION: &str = "log";
+/// Of files in the database's folder that are about to be taken in.
+const MOVED_EXTENSION: &str = "moved";
 /// Where RocksDB puts logs that it needs no more, below the database's folder.
 const ARCHIVE: &str = "archive";
 /// A batch takes microseconds to be written; a turn that takes longer waits for a memtable.
@@ -119,6 +141,27 @@ impl Writes<'_> {
         self.batch.delete_cf(family, key);
     }
 
+    /// As it was logged by another copy, or for [`Writes::delete_slots`]: all keys from `begin` on and below `end`.
+    pub fn delete_range(&mut self, family: Family, begin: &[u8], end: &[u8]) {
+        let family = match family {
+            Family::Keys => self.keys,
+            Family::Elements => self.elements,
+            Family::Meta => self.meta,
+            Family::Default => return,
+        };
+        self.has_rows = true;
+        self.batch.delete_range_cf(family, begin, end);
+    }
+
+    /// All rows of these slots, whatever they are. What the batch says before this is deleted too, what it says behind it stays.
+    pub fn delete_slots(&mut self, slots: &SlotSet) {
+        for run in slots.runs() {
+            let (begin, end) = (run.start.to_be_bytes(), run.end.to_be_bytes());
+            self.delete_range(Family::Keys, &begin, &end);
+            self.delete_range(Family::Elements, &begin, &end);
+        }
+    }
+
     pub fn is_empty(&self) -> bool {
         self.batch.is_empty()
     }
@@ -127,6 +170,7 @@ impl Writes<'_> {
 impl Database {
     pub fn open(engine: &Engine, path: &Path, rules: Rules, old_logs: OldLogs) -> Result<Self, EngineError> {
         super::log_files::check(path)?;
+        remove_moved(path)?;
         let options = match old_logs {
             OldLogs::Deleted => &engine.database_options,
             OldLogs::Archived => &engine.archiving_options,
@@ -165,6 +209,7 @@ impl Database {
             tail: Tail::default(),
             old_logs,
             keeps_files: Mutex::new(false),
+            moved_options: engine.moved_options.clone(),
         };
         database.take_format(path)?;
         database.garbage.arm();
@@ -316,6 +361,51 @@ impl Database {
         Ok(())
     }
 
+    /// Takes rows of `keys` in as one file, in the order of their keys and each key once; nobody may have written to any of them since
+    /// they were deleted last. They are on the disk when this returns, and in no log: no copy may follow, and none that follows later
+    /// may start before this. False, and nothing is taken, if memtables have keys between them: RocksDB would hold up all writers until those
+    /// are written out, and for good if it forgets that ([`Database::asking_again`]).
+    pub fn ingest<'r>(&self, rows: impl Iterator<Item = (&'r [u8], &'r [u8])>) -> Result<bool, EngineError> {
+        assert!(!self.tail.is_on(), "copies that follow the log would never hear of these rows");
+        let path = self.db.path().join(format!("{:016x}.{MOVED_EXTENSION}", fastrand::u64(..)));
+        let taken = self.write_moved(&path, rows).and_then(|()| {
+            let mut options = IngestExternalFileOptions::default();
+            options.set_move_files(true);
+            options.set_allow_blocking_flush(false);
+            // The file takes a number of its own if older files or memtables overlap with it.
+            let mut jump = self.synced.jump.lock();
+            let before = self.sequence();
+            let ingested = self.db.ingest_external_file_cf_opts(self.family(KEYS), &options, vec![&path]);
+            let behind = self.sequence();
+            if behind > before {
+                *jump = (before, behind);
+            }
+            match ingested {
+                Ok(()) => Ok(true),
+                Err(error) if error.kind() == ErrorKind::InvalidArgument => Ok(false),
+                Err(error) => Err(error.into()),
+            }
+        });
+        if !matches!(taken, Ok(true)) {
+            // Else it has another name now. What cannot be removed goes with the next opening.
+            let _ = fs::remove_file(&path);
+        }
+        taken
+    }
+
+    fn write_moved<'r>(
+        &self,
+        path: &Path,
+        rows: impl Iterator<Item = (&'r [u8], &'r [u8])>,
+    ) -> Result<(), EngineError> {
+        let mut writer = SstFileWriter::create(&self.moved_options);
+        writer.open(path)?;
+        for (key, row) in rows {
+            writer.put(key, row)?;
+        }
+        Ok(writer.finish()?)
+    }
+
     pub fn tail(&self) -> &Tail {
         &self.tail
     }
@@ -449,7 +539,7 @@ impl Database {
 
     /// What was written before a call that syncs the log is synced when it has succeeded.
     fn synced_by(&self, sync: impl FnOnce(&DB) -> Result<(), EngineError>) -> Result<(), EngineError> {
-        let sequence = self.sequence();
+        let sequence = self.synced.logged(|| self.sequence());
         sync(&self.db)?;
         self.synced.up_to.fetch_max(sequence, Ordering::AcqRel);
         Ok(())
@@ -506,20 +596,55 @@ impl Database {
 
     /// Writes the memtables out, so that the next start has no log to read.
     pub fn flush(&self) -> Result<(), EngineError> {
-        Ok(self.db.flush_cfs_opt(
-            &[self.family(KEYS), self.family(ELEMENTS), self.family(META)],
-            &rocksdb::FlushOptions::default(),
-        )?)
+        let families = [self.family(KEYS), self.family(ELEMENTS), self.family(META)];
+        Ok(self.asking_again(|| self.db.flush_cfs_opt(&families, &rocksdb::FlushOptions::default()))?)
+    }
+
+    /// Does what waits inside RocksDB until memtables are written out. RocksDB may lose a request for that: one that comes while older
+    /// memtables are about to be written out is taken for done with them, and fewer than it gathers are then left as they are
+    /// (`MemTableList::PickMemtablesToFlush`). Another request wakes whoever waits.
+    fn asking_again<T>(&self, work: impl FnOnce() -> T) -> T {
+        std::thread::scope(|scope| {
+            let (working, ends) = mpsc::channel::<()>();
+            scope.spawn(move || {
+                while let Err(RecvTimeoutError::Timeout) = ends.recv_timeout(LOST_AFTER) {
+                    self.ask_again();
+                }
+            });
+            let done = work();
+            drop(working);
+            done
+        })
+    }
+
+    /// Has memtables written out that wait and that nobody is writing out.
+    fn ask_again(&self) {
+        let mut options = rocksdb::FlushOptions::default();
+        options.set_wait(false);
+        for name in [KEYS, ELEMENTS, META] {
+            let family = self.family(name);
+            let figure = |name| self.db.property_int_value_cf(family, name).ok().flatten().unwrap_or(0);
+            let is_at_it =
+                figure(properties::NUM_RUNNING_FLUSHES) > 0 || figure(properties::MEM_TABLE_FLUSH_PENDING) > 0;
+            if !is_at_it
+                && figure(properties::NUM_IMMUTABLE_MEM_TABLE) > 0
+                && let Err(error) = self.db.flush_cf_opt(family, &options)
+            {
+                // Whoever waits hears it too.
+                tracing::debug!(%error, "memtables cannot be written out");
+            }
+        }
     }
 
     /// Writes the memtables of `keys` out.
     pub fn write_out_memtables(&self) -> Result<(), EngineError> {
-        Ok(self.db.flush_cf(self.family(KEYS))?)
+        Ok(self.asking_again(|| self.db.flush_cf(self.family(KEYS)))?)
     }
 
     /// Copies the database as it is now into a folder that does not exist yet; tables become hard links.
     pub fn checkpoint(&self, path: &Path) -> Result<(), EngineError> {
-        Ok(Checkpoint::new(&self.db)?.create_checkpoint(path)?)
+        let checkpoint = Checkpoint::new(&self.db)?;
+        Ok(self.asking_again(|| checkpoint.create_checkpoint(path))?)
     }
 
     /// Rewrites all files, dropping what may be dropped; twice if tombstones may go that nobody had noted. The log is cut too: it has
@@ -527,14 +652,42 @@ impl Database {
     pub fn compact(&self) {
         let rewrite =
             || self.db.compact_range_cf_opt(self.family(KEYS), None::<&[u8]>, None::<&[u8]>, &compact_all_options());
-        rewrite();
+        self.asking_again(rewrite);
         match self.release_tombstones(Tier::Disk) {
-            Ok(true) => rewrite(),
+            Ok(true) => self.asking_again(rewrite),
             Ok(false) => {}
             Err(error) => tracing::warn!(%error, "cannot note which tombstones may go; they stay for now"),
         }
         if let Err(error) = self.flush() {
             tracing::warn!(%error, "cannot write the memtables out; the log keeps its length");
+        }
+    }
+
+    /// Those of the slots that have rows, dead ones included.
+    pub fn slots_with_rows(&self, slots: &SlotSet) -> Result<SlotSet, EngineError> {
+        let (mut walk, mut found) = (self.walk(), SlotSet::default());
+        for run in slots.runs() {
+            let mut next = run.start;
+            while next < run.end {
+                walk.seek(&next.to_be_bytes());
+                let slot = walk.key().and_then(|key| key.first_chunk()).map(|slot| u16::from_be_bytes(*slot));
+                let Some(slot) = slot.filter(|slot| *slot < run.end) else { break };
+                found.insert(slot);
+                next = slot + 1;
+            }
+        }
+        walk.status()?;
+        Ok(found)
+    }
+
+    /// Rewrites the files that have keys of these slots, without what was deleted. Memtables must have been written out.
+    pub fn compact_slots(&self, slots: Range<u16>) {
+        let begin = slots.start.to_be_bytes();
+        // The last slot of all ends where there is nothing more.
+        let end = (slots.end < SLOT_COUNT).then(|| slots.end.to_be_bytes());
+        for family in [KEYS, ELEMENTS] {
+            let family = self.family(family);
+            self.asking_again(|| self.db.compact_range_cf_opt(family, Some(begin), end, &compact_part_options()));
         }
     }
 
@@ -550,6 +703,14 @@ impl Database {
     pub fn walk(&self) -> RawWalk<'_> {
         let mut options = ReadOptions::default();
         options.set_auto_readahead_size(true);
+        RawWalk { iterator: self.db.raw_iterator_cf_opt(self.family(KEYS), options) }
+    }
+
+    /// A cursor over `keys` for who reads much once: it reads ahead, and leaves the cache to others.
+    pub fn walk_apart(&self) -> RawWalk<'_> {
+        let mut options = ReadOptions::default();
+        options.fill_cache(false);
+        options.set_readahead_size(READ_AHEAD_BYTES);
         RawWalk { iterator: self.db.raw_iterator_cf_opt(self.family(KEYS), options) }
     }
 
@@ -603,6 +764,20 @@ impl Database {
     pub fn block_cache_bytes(&self) -> u64 {
         self.block_cache.get_usage() as u64
     }
+}
+
+/// Deletes files that were not taken in before the end came.
+fn remove_moved(folder: &Path) -> Result<(), EngineError> {
+    let remove = || -> io::Result<()> {
+        for entry in fs::read_dir(folder)? {
+            let path = entry?.path();
+            if path.extension().is_some_and(|extension| extension == MOVED_EXTENSION) {
+                fs::remove_file(path)?;
+            }
+        }
+        Ok(())
+    };
+    remove().map_err(|error| EngineError::Disk(format!("cannot clear {}: {error}", folder.display())))
 }
 
 fn read_error(error: rocksdb::Error) -> EngineError {

@@ -10,6 +10,8 @@ const LOG_DATA: u8 = 0x3;
 const FAMILY_DELETION: u8 = 0x4;
 const FAMILY_VALUE: u8 = 0x5;
 const NOOP: u8 = 0xd;
+const FAMILY_RANGE_DELETION: u8 = 0xe;
+const RANGE_DELETION: u8 = 0xf;
 
 /// A column family, by the number that the order of opening gives it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,8 +38,21 @@ impl Family {
 /// One entry of a batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Change<'b> {
-    Put { family: Family, key: &'b [u8], value: &'b [u8] },
-    Delete { family: Family, key: &'b [u8] },
+    Put {
+        family: Family,
+        key: &'b [u8],
+        value: &'b [u8],
+    },
+    Delete {
+        family: Family,
+        key: &'b [u8],
+    },
+    /// Of all keys from `begin` on and below `end`.
+    DeleteRange {
+        family: Family,
+        begin: &'b [u8],
+        end: &'b [u8],
+    },
 }
 
 /// A batch that has its head; its entries may still turn out to be malformed.
@@ -78,8 +93,10 @@ fn next<'b>(rest: &mut &'b [u8]) -> Result<Option<Change<'b>>, Malformed> {
         let Some((kind, after)) = rest.split_first() else { return Ok(None) };
         *rest = after;
         let family = match *kind {
-            FAMILY_VALUE | FAMILY_DELETION => Family::from_number(number(rest)?).ok_or(Malformed)?,
-            VALUE | DELETION => Family::Default,
+            FAMILY_VALUE | FAMILY_DELETION | FAMILY_RANGE_DELETION => {
+                Family::from_number(number(rest)?).ok_or(Malformed)?
+            }
+            VALUE | DELETION | RANGE_DELETION => Family::Default,
             LOG_DATA => {
                 bytes(rest)?;
                 continue;
@@ -90,6 +107,7 @@ fn next<'b>(rest: &mut &'b [u8]) -> Result<Option<Change<'b>>, Malformed> {
         let key = bytes(rest)?;
         return Ok(Some(match *kind {
             FAMILY_VALUE | VALUE => Change::Put { family, key, value: bytes(rest)? },
+            FAMILY_RANGE_DELETION | RANGE_DELETION => Change::DeleteRange { family, begin: key, end: bytes(rest)? },
             _ => Change::Delete { family, key },
         }));
     }
@@ -143,5 +161,23 @@ mod tests {
         let put = Change::Put { family: Family::Meta, key: b"k", value: b"vw" };
         assert_eq!(LogBatch::parse(&data).unwrap().changes().collect::<Vec<_>>(), [Ok(put)]);
         assert!(LogBatch::parse(&data[..HEAD_BYTES - 1]).is_none());
+    }
+
+    #[test]
+    fn a_deletion_of_a_range_is_read_as_rocksdb_writes_it() {
+        let mut batch = rocksdb::WriteBatch::default();
+        batch.delete_range(b"a", b"b");
+        let data = batch.data().to_vec();
+        let deletion = Change::DeleteRange { family: Family::Default, begin: b"a", end: b"b" };
+        assert_eq!(LogBatch::parse(&data).unwrap().changes().collect::<Vec<_>>(), [Ok(deletion)]);
+        let mut of_a_family = vec![0; HEAD_BYTES];
+        of_a_family.extend_from_slice(&[FAMILY_RANGE_DELETION, 1, 2, 0, 7, 2, 0, 9, FAMILY_DELETION, 1, 1, b'k']);
+        let deletions = [
+            Ok(Change::DeleteRange { family: Family::Keys, begin: &[0, 7], end: &[0, 9] }),
+            Ok(Change::Delete { family: Family::Keys, key: b"k" }),
+        ];
+        assert_eq!(LogBatch::parse(&of_a_family).unwrap().changes().collect::<Vec<_>>(), deletions);
+        of_a_family.truncate(HEAD_BYTES + 6);
+        assert_eq!(LogBatch::parse(&of_a_family).unwrap().changes().collect::<Vec<_>>(), [Err(Malformed)]);
     }
 }

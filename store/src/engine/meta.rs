@@ -23,6 +23,9 @@ pub const LOG_ID: &[u8] = b"log-id";
 /// Up to where in which log (its id, then the sequence number, u64 big endian both) enough replicas had applied it.
 pub const REPLICATED: &[u8] = b"replicated";
 
+/// Whether rows may be here of slots that the shard does not own, and what has come of other shards' slots: see `resize::note`.
+pub const FOREIGN: &[u8] = b"foreign";
+
 /// The layout that this code writes. It reads version 1 too, whose rows are valid here: version 2 has rows with event times of clients,
 /// which carry when they were written.
 pub const FORMAT_VERSION: u32 = 2;

@@ -44,6 +44,8 @@ pub struct Engine {
     archiving_options: Options,
     keys_options: Options,
     small_options: Options,
+    /// Of files that are written beside the database and taken into `keys` as they are.
+    moved_options: Options,
     block_cache: Cache,
     write_buffers: WriteBufferManager,
     write_buffer_bytes: usize,
@@ -152,12 +154,17 @@ impl Engine {
         small_options.set_min_write_buffer_number_to_merge(1);
         small_options.set_memtable_prefix_bloom_ratio(0.0);
 
+        let mut moved_options = keys_options.clone();
+        // They are written while clients wait for the same cores; compaction comes to the rest.
+        moved_options.set_bottommost_compression_type(lz4);
+
         let write_buffer_bytes = config.memory.write_buffer_bytes;
         Ok(Self {
             database_options,
             archiving_options,
             keys_options,
             small_options,
+            moved_options,
             block_cache,
             write_buffers,
             write_buffer_bytes,
@@ -193,6 +200,13 @@ impl Engine {
     pub fn open_followed(&self, path: &Path, rules: garbage::Rules) -> Result<database::Database, EngineError> {
         database::Database::open(self, path, rules, OldLogs::Archived)
     }
+}
+
+/// Of a part of the keys, beside which RocksDB's own compactions go on.
+fn compact_part_options() -> CompactOptions {
+    let mut options = compact_all_options();
+    options.set_exclusive_manual_compaction(false);
+    options
 }
 
 fn compact_all_options() -> CompactOptions {

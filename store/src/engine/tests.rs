@@ -7,6 +7,7 @@ use crate::config::{Config, MemoryConfig};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+use vasto_proto::topology::SlotSet;
 
 fn engine() -> Engine {
     let memory = MemoryConfig { row_cache_bytes: 1 << 20, block_cache_bytes: 1 << 20, write_buffer_bytes: 8 << 20 };
@@ -250,5 +251,124 @@ fn a_newer_format_is_refused_and_left_as_it_was() {
     let keys = database.cf_handle("keys").unwrap();
     for number in 0..150_u32 {
         assert_eq!(database.get_cf(keys, number.to_be_bytes()).unwrap(), Some(row(number)), "row {number}");
+    }
+}
+
+/// Takes rows in as a file.
+fn ingest(database: &Database, numbers: std::ops::Range<u32>) {
+    let rows: Vec<(Vec<u8>, Vec<u8>)> = numbers.map(|number| (number.to_be_bytes().to_vec(), row(number))).collect();
+    let taken = || database.ingest(rows.iter().map(|(key, row)| (&key[..], &row[..]))).unwrap();
+    if !taken() {
+        // What memtables have between its keys keeps a file out.
+        database.write_out_memtables().unwrap();
+        assert!(taken());
+    }
+}
+
+/// Writes a key behind that of a number, so that a file with keys on both sides must be newer.
+fn put_between(database: &Database, number: u32) {
+    let mut writes = database.writes(1, 100);
+    writes.put_row(&[&number.to_be_bytes()[..], b"between"].concat(), b"row");
+    database.write(writes, Tier::Disk).unwrap();
+}
+
+fn reopen(engine: &Engine, copy: &Path) -> Database {
+    Database::open(engine, copy, RULES, super::OldLogs::Deleted).unwrap()
+}
+
+/// A file that is taken in has a number that stands in no log.
+#[test]
+fn what_was_taken_in_is_there_after_a_kill_among_what_was_written_before_and_behind() {
+    let engine = engine();
+    let folder = tempfile::tempdir().unwrap();
+    let copy = killed_after(&engine, folder.path(), |database| {
+        put(database, 0..20);
+        database.sync_log().unwrap();
+        put(database, 500..501);
+        put_between(database, 250);
+        let before = database.sequence();
+        ingest(database, 100..400);
+        assert_eq!(database.sequence(), before + 1, "it takes a number");
+        put(database, 20..60);
+        database.sync_log().unwrap();
+        database.note_synced().unwrap();
+        ingest(database, 600..700);
+        put(database, 60..80);
+        assert!(
+            !fs::read_dir(database.folder())
+                .unwrap()
+                .any(|entry| { entry.unwrap().path().extension().is_some_and(|extension| extension == "moved") })
+        );
+    });
+    fs::write(copy.join("0123.moved"), "half").unwrap();
+    for _ in 0..2 {
+        let database = reopen(&engine, &copy);
+        for number in (0..80).chain(100..400).chain(500..501).chain(600..700) {
+            let found = database.get(&u32::to_be_bytes(number), Tier::Disk).unwrap();
+            assert_eq!(found.as_deref(), Some(row(number).as_slice()), "row {number}");
+        }
+        assert!(!copy.join("0123.moved").exists(), "what was not taken in is gone");
+        put(&database, 0..5);
+    }
+}
+
+/// The number that a file has taken is that before the first batch behind it, which nobody has synced.
+#[test]
+fn a_file_that_is_taken_in_does_not_call_the_batch_behind_it_synced() {
+    let engine = engine();
+    let folder = tempfile::tempdir().unwrap();
+    let copy = killed_after(&engine, folder.path(), |database| {
+        // In a table, so that the log stays the same.
+        put_between(database, 555);
+        database.flush().unwrap();
+        put(database, 0..20);
+        let before = database.sequence();
+        ingest(database, 550..560);
+        assert_eq!(database.sequence(), before + 1, "it takes a number");
+        database.sync_log().unwrap();
+        // Both say how far the log was synced when they began.
+        let [mut first, mut second] = [database.writes(1, 100), database.writes(1, 100)];
+        first.put_row(&20u32.to_be_bytes(), &row(20));
+        second.put_row(&21u32.to_be_bytes(), &row(21));
+        database.write(first, Tier::Disk).unwrap();
+        database.write(second, Tier::Disk).unwrap();
+    });
+    spoil(&find(&copy, |name| name.ends_with(".log")), 2);
+    let database = reopen(&engine, &copy);
+    let is_there = |number: u32| database.get(&number.to_be_bytes(), Tier::Disk).unwrap().is_some();
+    assert!((0..20).chain(550..560).all(is_there));
+    assert!(!is_there(20) && !is_there(21), "they were never synced");
+}
+
+#[test]
+fn slots_are_deleted_with_all_their_rows_and_nothing_else() {
+    let engine = engine();
+    let folder = tempfile::tempdir().unwrap();
+    let database = Database::open(&engine, folder.path(), RULES, super::OldLogs::Deleted).unwrap();
+    let key = |slot: u16, name: &[u8]| [&slot.to_be_bytes()[..], name].concat();
+    let all = || SlotSet::default().complement();
+    let set = |slots: &[u16]| slots.iter().copied().collect::<SlotSet>();
+    for slot in [0, 7, 8, 9, 255, 256, 16383] {
+        for name in [&b""[..], b"a", b"\xff\xff"] {
+            let mut writes = database.writes(1, 100);
+            writes.put_row(&key(slot, name), b"row");
+            database.write(writes, Tier::Disk).unwrap();
+        }
+    }
+    assert_eq!(database.slots_with_rows(&all()).unwrap(), set(&[0, 7, 8, 9, 255, 256, 16383]));
+    assert_eq!(database.slots_with_rows(&set(&[1, 8, 255, 300])).unwrap(), set(&[8, 255]));
+    database.flush().unwrap();
+    let mut writes = database.writes(8, 100);
+    writes.put_row(&key(8, b"before"), b"row");
+    writes.delete_slots(&set(&[7, 8, 255, 16383]));
+    writes.put_row(&key(255, b"behind"), b"row");
+    database.write(writes, Tier::Disk).unwrap();
+    for _ in 0..2 {
+        assert_eq!(database.slots_with_rows(&all()).unwrap(), set(&[0, 9, 255, 256]));
+        assert!(database.get(&key(255, b"behind"), Tier::Disk).unwrap().is_some());
+        assert!(database.get(&key(255, b"a"), Tier::Disk).unwrap().is_none());
+        database.flush().unwrap();
+        database.compact_slots(0..100);
+        database.compact_slots(100..16384);
     }
 }

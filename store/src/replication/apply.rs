@@ -3,9 +3,10 @@
 use super::history::History;
 use crate::config::Fsync;
 use crate::engine::database::Database;
-use crate::engine::log_batch::{Change, Family, LogBatch};
+use crate::engine::log_batch::{Change, Family, LogBatch, Malformed};
 use crate::engine::tail::Logged;
 use crate::engine::{EngineError, Tier, meta};
+use crate::resize::note::Note;
 use crate::shard::Shard;
 use crate::shard::durability::Synced;
 use crate::shard::stripes::{Patience, StripeGuard, StripeSet, Stripes};
@@ -14,7 +15,8 @@ use std::collections::HashMap;
 use std::ops::ControlFlow;
 use thiserror::Error;
 use vasto_proto::row::Stamp;
-use vasto_proto::topology::{Era, Position};
+use vasto_proto::slot::{SLOT_COUNT, slot_of};
+use vasto_proto::topology::{Era, Position, SlotSet};
 
 /// Bytes of the slot in front of a user's key.
 const SLOT_BYTES: usize = 2;
@@ -47,9 +49,11 @@ pub struct Cursor {
 /// What a part of the log comes to.
 #[derive(Default)]
 struct Gathered<'b> {
-    rows: Vec<(&'b [u8], &'b [u8])>,
-    elements: Vec<(&'b [u8], &'b [u8])>,
+    /// Of `keys` and `elements`, in their order: rows and deletions of whole slots.
+    changes: Vec<Change<'b>>,
+    has_deletions: bool,
     stamps: Option<&'b [u8]>,
+    foreign: Option<Note>,
     flush: Option<Stamp>,
     history: Option<(History, &'b [u8])>,
 }
@@ -64,11 +68,25 @@ impl Cursor {
             }
             let (mut carried, mut history) = (None, None);
             for change in LogBatch::parse(&batch.data).ok_or(ApplyError::Foreign)?.changes() {
-                let Ok(Change::Put { family, key, value }) = change else { return Err(ApplyError::Foreign) };
+                let change = change.map_err(|_: Malformed| ApplyError::Foreign)?;
+                let (family, key, value) = match change {
+                    Change::Put { family, key, value } => (family, key, value),
+                    Change::DeleteRange { family: Family::Keys | Family::Elements, begin, end }
+                        if begin.len() == SLOT_BYTES && end.len() == SLOT_BYTES =>
+                    {
+                        gathered.changes.push(change);
+                        gathered.has_deletions = true;
+                        continue;
+                    }
+                    Change::Delete { .. } | Change::DeleteRange { .. } => return Err(ApplyError::Foreign),
+                };
                 match family {
-                    Family::Keys if key.len() >= SLOT_BYTES => gathered.rows.push((key, value)),
-                    Family::Elements => gathered.elements.push((key, value)),
+                    Family::Keys if key.len() >= SLOT_BYTES => gathered.changes.push(change),
+                    Family::Elements => gathered.changes.push(change),
                     Family::Keys | Family::Default => return Err(ApplyError::Foreign),
+                    Family::Meta if key == meta::FOREIGN => {
+                        gathered.foreign = Some(Note::from_bytes(value).ok_or(ApplyError::Foreign)?);
+                    }
                     Family::Meta if key == meta::STAMPS => gathered.stamps = Some(value),
                     Family::Meta if key == meta::FLUSH => {
                         let flush = Stamp::from_bytes(value).ok_or(ApplyError::Foreign)?;
@@ -108,15 +126,35 @@ pub fn apply(stripes: &Stripes, shard: &Shard, cursor: &mut Cursor, batches: &[L
     let mut moved = *cursor;
     let gathered = moved.gather(batches)?;
     let bytes: usize = batches.iter().map(|batch| batch.data.len()).sum();
-    let mut writes = shard.database.writes(gathered.rows.len() + 4, bytes + 256);
+    let mut writes = shard.database.writes(gathered.changes.len() + 4, bytes + 256);
     let mut set = StripeSet::default();
     let hash = |key: &[u8]| stripes.hash(shard.instance, &key[SLOT_BYTES..]);
-    for (key, row) in &gathered.rows {
-        writes.put_row(key, row);
-        set.add(hash(key));
+    // Of a key that is written twice the last row counts; what is deleted behind it is nowhere.
+    let mut last: HashMap<&[u8], &[u8]> = HashMap::new();
+    for change in &gathered.changes {
+        match *change {
+            Change::Put { family, key, value } => {
+                writes.put(family, key, value);
+                if family == Family::Keys {
+                    last.insert(key, value);
+                    set.add(hash(key));
+                }
+            }
+            Change::DeleteRange { family, begin, end } => {
+                writes.delete_range(family, begin, end);
+                if family == Family::Keys {
+                    last.retain(|key, _| !is_between(key, begin, end));
+                }
+            }
+            // None of these was gathered.
+            Change::Delete { .. } => return Err(ApplyError::Foreign),
+        }
     }
-    for (key, row) in &gathered.elements {
-        writes.put(Family::Elements, key, row);
+    if gathered.has_deletions {
+        set.add_all();
+    }
+    if let Some(note) = &gathered.foreign {
+        writes.put_meta(meta::FOREIGN, &note.to_bytes());
     }
     if let Some(bound) = gathered.stamps {
         writes.put_meta(meta::STAMPS, &shard.stamps.adopt(bound).ok_or(ApplyError::Foreign)?);
@@ -132,13 +170,23 @@ pub fn apply(stripes: &Stripes, shard: &Shard, cursor: &mut Cursor, batches: &[L
         writes.put_meta(meta::POSITION, &moved.position.to_bytes());
     }
     if !writes.is_empty() {
-        // Of a key that is written twice the last row counts.
-        let last: HashMap<&[u8], &[u8]> = gathered.rows.iter().copied().collect();
         let mut guards: SmallVec<[StripeGuard<'_>; GUARDS_INLINE]> = SmallVec::new();
         set.lock(stripes, Patience::Unbounded, &mut guards);
         shard.database.write(writes, Tier::Disk).inspect_err(|error| shard.meet(error))?;
         if let Some(stamp) = gathered.flush {
             shard.database.garbage().flushed(stamp.ns);
+        }
+        if gathered.has_deletions {
+            let mut deleted = SlotSet::default();
+            for change in &gathered.changes {
+                let Change::DeleteRange { family: Family::Keys, begin, end } = *change else { continue };
+                let slot = |key: &[u8]| key.first_chunk().map_or(0, |slot| u16::from_be_bytes(*slot)).min(SLOT_COUNT);
+                (slot(begin)..slot(end)).for_each(|slot| deleted.insert(slot));
+            }
+            guards.iter_mut().for_each(|guard| guard.cache.keep(shard.instance, |key| !deleted.contains(slot_of(key))));
+        }
+        if let Some(note) = gathered.foreign {
+            shard.takes.noted(&shard.database, note);
         }
         for (key, row) in last {
             let hash = hash(key);
@@ -160,6 +208,10 @@ pub fn apply(stripes: &Stripes, shard: &Shard, cursor: &mut Cursor, batches: &[L
         },
         Fsync::EverySecond | Fsync::Never => Ok(()),
     }
+}
+
+fn is_between(key: &[u8], begin: &[u8], end: &[u8]) -> bool {
+    begin <= key && key < end
 }
 
 /// Where in this copy's own log a position lies that it wrote as a follower: behind the batch that carries it, or the last one before it.
@@ -246,7 +298,7 @@ mod tests {
         again.gather(&log[..1]).unwrap();
         assert_eq!(again.position, at(1, 1, 88));
         let gathered = again.gather(&log[1..]).unwrap();
-        assert_eq!((again, gathered.rows.len(), gathered.history.is_some()), (cursor, 2, true));
+        assert_eq!((again, gathered.changes.len(), gathered.history.is_some()), (cursor, 2, true));
     }
 
     #[test]

@@ -17,7 +17,7 @@ use vasto_proto::pb;
 use vasto_proto::row::{Header, Stamp, newer};
 use vasto_proto::topology::Position;
 
-/// In a shard's folder: rows that are older than a forgotten deletion. Key and row, each behind its length (u32 big endian).
+/// In a shard's folder: handed rows that are older than a forgotten deletion, or of slots that have gone to another shard. Key and row, each behind its length (u32 big endian).
 pub const QUARANTINE: &str = "quarantine";
 /// Rows that travel in one message, or are merged under one set of locks.
 const ROWS_MAX: usize = 256;
@@ -67,7 +67,9 @@ pub fn surplus(shard: &Shard, common: Option<Position>) -> Result<Surplus, Engin
                     keys.insert(key.to_vec());
                 }
                 Ok(Change::Put { family: Family::Meta, key, .. }) if key != meta::FLUSH => {}
-                Ok(Change::Put { .. } | Change::Delete { .. }) | Err(_) => is_whole = false,
+                Ok(Change::Put { .. } | Change::Delete { .. } | Change::DeleteRange { .. }) | Err(_) => {
+                    is_whole = false
+                }
             }
         }
         if is_whole { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
@@ -124,7 +126,8 @@ pub fn messages(
     match surplus {
         Surplus::Nothing { .. } => {}
         Surplus::Keys(keys) => {
-            for key in keys {
+            // Rows that another shard has sent here it sends to the primary as well.
+            for key in keys.iter().filter(|key| !shard.takes.is_coming(key)) {
                 let Some(row) = shard.database.get(key, Tier::Disk)? else { continue };
                 if !add(key, &row) {
                     return Ok(given);
@@ -132,10 +135,14 @@ pub fn messages(
             }
         }
         Surplus::All => {
+            let is_fenced = shard.owned().fence.is_some();
             let mut walk = shard.database.walk();
             walk.seek(&[]);
             while let Some((key, row)) = walk.key().zip(walk.value()) {
-                if !add(key, row) {
+                // Of slots that have gone for good this copy has what was left of them, which is nobody's any more.
+                let slot = key.first_chunk::<SLOT_BYTES>().map_or(0, |slot| u16::from_be_bytes(*slot));
+                let is_given = (shard.owns(slot) || is_fenced) && !shard.takes.is_coming(key);
+                if is_given && !add(key, row) {
                     return Ok(given);
                 }
                 walk.next();
@@ -154,6 +161,9 @@ pub fn messages(
 pub enum MergeError {
     #[error("shard {0} does not lead here at this epoch")]
     NotLeading(String),
+    /// Who lifts the fence may want the rows yet.
+    #[error("slots of shard {0} are just moving to another")]
+    Fenced(String),
     #[error("a handed row is malformed")]
     Malformed,
     #[error("cannot keep rows aside: {0}")]
@@ -213,6 +223,9 @@ impl Merge {
         writes.put_meta(meta::FLUSH, &stamp.to_bytes());
         shard.database.write(writes, Tier::Disk).inspect_err(|error| shard.meet(error))?;
         shard.database.garbage().flushed(stamp.ns);
+        if shard.changes.is_on() {
+            shard.changes.flushed();
+        }
         shard.durability.wrote();
         Ok(())
     }
@@ -258,7 +271,7 @@ impl Merge {
         for (key, row) in rows {
             let (header, _) = Header::decode(row).map_err(|_| MergeError::Malformed)?;
             let slot = key.first_chunk::<SLOT_BYTES>().map(|slot| u16::from_be_bytes(*slot));
-            if slot.is_none_or(|slot| !shard.owns(slot)) {
+            if slot.is_none() {
                 return Err(MergeError::Malformed);
             }
             largest_ns = largest_ns.max(header.stamp.ns);
@@ -269,6 +282,7 @@ impl Merge {
         let mut guards: SmallVec<[StripeGuard<'_>; GUARDS_INLINE]> = SmallVec::new();
         set.lock(stripes, Patience::Unbounded, &mut guards);
         check(shard, epoch)?;
+        let is_fenced = shard.owned().fence.is_some();
         let garbage = shard.database.garbage();
         let stored = shard.database.get_many(rows.iter().map(|(key, _)| key.as_slice()), Tier::Disk);
         let mut writes = shard.database.writes(rows.len(), rows.iter().map(|(key, row)| key.len() + row.len()).sum());
@@ -278,7 +292,11 @@ impl Merge {
             let ns = header.stamp.ns;
             // An event time that a client gave is worth the same wherever it was written.
             let is_given = header.written_at_ns != 0;
+            let slot = key.first_chunk::<SLOT_BYTES>().map_or(0, |slot| u16::from_be_bytes(*slot));
             match stored? {
+                _ if is_fenced && !shard.owns(slot) => return Err(MergeError::Fenced(shard.key.to_string())),
+                // Its slot has gone to another shard.
+                _ if !shard.owns(slot) => aside.push((key, row)),
                 _ if ns <= garbage.flush_ns() || !is_given && self.is_later(garbage.flush_ns()) => self.older += 1,
                 Some(stored) if newer(&stored, row) == &stored[..] => self.older += 1,
                 Some(stored) if !is_given && self.was_drawn_later(&stored) => self.older += 1,
@@ -302,7 +320,12 @@ impl Merge {
         if written.is_empty() {
             return Ok(());
         }
-        shard.database.write(writes, Tier::Disk).inspect_err(|error| shard.meet(error))?;
+        let result = shard.database.write(writes, Tier::Disk).inspect_err(|error| shard.meet(error));
+        // After an error too: nobody knows what is written then.
+        if shard.changes.is_on() {
+            shard.changes.wrote(written.iter().map(|(key, _)| key.as_slice()));
+        }
+        result?;
         for (key, row) in &written {
             let hash = hash(key);
             let cache = &mut guards[set.position(hash) as usize].cache;
@@ -323,7 +346,7 @@ impl Merge {
         let Self { merged, older, quarantined, .. } = self;
         if quarantined > 0 {
             let folder = shard.database.folder().display();
-            tracing::warn!(shard = %shard.key, giver, quarantined, %folder, "rows older than a forgotten deletion are kept aside in a file");
+            tracing::warn!(shard = %shard.key, giver, quarantined, %folder, "rows older than a forgotten deletion, or of slots that have gone, are kept aside in a file");
         }
         tracing::info!(shard = %shard.key, giver, merged, older, "a copy has handed over what only it had");
         Ok(pb::HandOverResponse { merged, older, quarantined })

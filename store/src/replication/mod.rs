@@ -15,9 +15,10 @@ pub mod leader;
 mod rpc;
 mod state;
 #[cfg(test)]
-mod tests;
+pub mod tests;
 
 pub use copy::{remove_beside, remove_unfinished, swap_in};
+pub use rpc::{MoveLink, NotOpen};
 pub use state::{Figures, FollowerFigures, Mode, Part, Replication};
 
 use crate::engine::EngineError;
@@ -62,6 +63,10 @@ pub struct Replicator {
     stop: CancellationToken,
     /// Within this the copies of each shard are compared once; zero = only when somebody asks.
     verify_interval: Duration,
+    /// Changes when masters should hear of something at once.
+    news: watch::Sender<u64>,
+    /// Held by whoever rewrites files of a shard after slots have left it.
+    pub compacting: tokio::sync::Mutex<()>,
     /// Until its thread takes it.
     runtime: Mutex<Option<Runtime>>,
 }
@@ -85,6 +90,8 @@ impl Replicator {
             tasks: TaskTracker::new(),
             stop: CancellationToken::new(),
             verify_interval,
+            news: watch::Sender::new(0),
+            compacting: tokio::sync::Mutex::default(),
             runtime: Mutex::new(Some(runtime)),
         })
     }
@@ -93,19 +100,29 @@ impl Replicator {
         self.cluster.store(cluster.0, Ordering::Release);
     }
 
-    fn cluster(&self) -> ClusterId {
+    pub fn cluster(&self) -> ClusterId {
         ClusterId(self.cluster.load(Ordering::Acquire))
     }
 
-    fn address_of(&self, store: StoreId) -> Result<String, String> {
+    pub fn address_of(&self, store: StoreId) -> Result<String, String> {
         let peers = self.peers.borrow();
         let address = peers.addresses.get(&store).filter(|address| !address.is_empty());
         address.cloned().ok_or_else(|| format!("nobody has said where store {store} is"))
     }
 
     /// A token that is cancelled when the store stops.
-    fn stopping(&self) -> CancellationToken {
+    pub fn stopping(&self) -> CancellationToken {
         self.stop.child_token()
+    }
+
+    /// Lets all masters hear now what the shards' statuses say.
+    pub fn tell_news(&self) {
+        self.news.send_modify(|number| *number = number.wrapping_add(1));
+    }
+
+    /// Whether there is something that masters should hear at once.
+    pub fn news(&self) -> watch::Receiver<u64> {
+        self.news.subscribe()
     }
 
     /// Runs a task of a copy on the thread that is there for them.
@@ -200,6 +217,8 @@ pub fn assume(core: &Arc<Core>, shard: &Arc<Shard>, part: Part) -> Result<(), En
     if old.as_ref() == Some(&part) {
         return Ok(());
     }
+    // Rows of other shards' slots are written by whoever leads, too.
+    let _still = shard.takes.hold_still();
     let is_another = |old: &Part| (old.epoch, old.role, old.primary) != (part.epoch, part.role, part.primary);
     if let Some(old) = old.filter(|old| !is_another(old)) {
         return take_changes(core, shard, &old, part);

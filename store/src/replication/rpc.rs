@@ -1,6 +1,6 @@
 //! The network of copies: how a follower reaches its primary.
 
-use futures_util::{Stream, StreamExt};
+use futures_util::StreamExt;
 use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -9,7 +9,8 @@ use tonic::{Request, Streaming};
 use vasto_proto::id::ClusterId;
 use vasto_proto::pb::store_client::StoreClient;
 use vasto_proto::pb::{
-    FollowOpen, FollowProgress, FollowerMessage, HandOverMessage, HandOverResponse, LeaderMessage, follower_message,
+    FollowOpen, FollowProgress, FollowerMessage, HandOverMessage, HandOverResponse, LeaderMessage, MoveMessage,
+    MoveOpen, follower_message,
 };
 use vasto_proto::{PROTOCOL_VERSION, net, pb};
 
@@ -85,6 +86,34 @@ impl Link {
     }
 }
 
+/// A connection to the primary of a shard that gives slots away.
+pub struct MoveLink {
+    incoming: Streaming<MoveMessage>,
+}
+
+impl MoveLink {
+    pub async fn open(address: &str, cluster: ClusterId, open: MoveOpen) -> Result<Self, NotOpen> {
+        let unreachable = NotOpen::Unreachable;
+        let mut client = client(address).await.map_err(unreachable)?;
+        let request = request(open, cluster).map_err(unreachable)?;
+        let answered = tokio::time::timeout(ANSWER_MAX, client.r#move(request)).await;
+        let response = answered.map_err(|_| unreachable("the source does not answer".to_owned()))?;
+        let incoming = response.map_err(|status| NotOpen::Refused(status.message().to_owned()))?.into_inner();
+        Ok(Self { incoming })
+    }
+
+    /// The next message.
+    pub async fn next(&mut self) -> Result<pb::move_message::Kind, String> {
+        let next = tokio::time::timeout(SILENCE_MAX, self.incoming.next()).await;
+        match next.map_err(|_| "the source is silent".to_owned())? {
+            None => Err("the source has ended the move".to_owned()),
+            Some(Err(status)) => Err(status.message().to_owned()),
+            Some(Ok(MoveMessage { kind: Some(kind) })) => Ok(kind),
+            Some(Ok(MoveMessage { kind: None })) => Err("the source says what nobody here understands".to_owned()),
+        }
+    }
+}
+
 /// Gives rows to a primary.
 pub async fn hand_over(
     address: &str,
@@ -108,7 +137,7 @@ async fn client(address: &str) -> Result<StoreClient<Channel>, String> {
     Ok(StoreClient::new(channel).max_decoding_message_size(usize::MAX))
 }
 
-fn request<S: Stream>(messages: S, cluster: ClusterId) -> Result<Request<S>, String> {
+fn request<M>(messages: M, cluster: ClusterId) -> Result<Request<M>, String> {
     let mut request = Request::new(messages);
     let metadata = request.metadata_mut();
     for (name, value) in

@@ -356,6 +356,25 @@ impl Shard {
         (rows_up_to > self.durability.copied()).then_some(rows_up_to)
     }
 
+    /// Whether the log up to this number is wherever it must be before another shard's rows count as being here: with all replicas of the
+    /// record that follow, with as many as answers wait for, and with one at least if there are any.
+    pub fn is_copied_up_to(&self, sequence: u64) -> bool {
+        let state = self.replication.state.lock();
+        let Some(part) = &state.part else { return false };
+        let follower = |store: &StoreId| state.followers.get(store).filter(|follower| follower.follows);
+        let following: Vec<&Follower> = part.replicas.iter().filter_map(follower).collect();
+        let needed = (part.min_replicas as usize).max(part.replicas.len().min(1));
+        following.len() >= needed && following.iter().all(|follower| follower.applied >= sequence)
+    }
+
+    /// Whether all replicas that follow have applied the log up to this number.
+    pub fn has_reached_followers(&self, sequence: u64) -> bool {
+        let state = self.replication.state.lock();
+        let replicas = state.part.iter().flat_map(|part| &part.replicas);
+        let mut following = replicas.filter_map(|store| state.followers.get(store)).filter(|follower| follower.follows);
+        following.all(|follower| follower.applied >= sequence)
+    }
+
     /// Whether it is led here, and others have copies or make them.
     pub fn has_followers(&self) -> bool {
         self.replication.leads() && self.database.tail().is_on()
@@ -415,7 +434,7 @@ impl Shard {
             reached = logged.last;
             let is_seen = |change: Result<Change<'_>, Malformed>| match change {
                 Ok(Change::Put { family: Family::Meta, key, .. }) => key == meta::FLUSH,
-                Ok(Change::Put { .. } | Change::Delete { .. }) | Err(Malformed) => true,
+                Ok(Change::Put { .. } | Change::Delete { .. } | Change::DeleteRange { .. }) | Err(Malformed) => true,
             };
             if LogBatch::parse(&logged.data).is_none_or(|batch| batch.changes().any(is_seen)) {
                 last_row = logged.last;
@@ -570,6 +589,9 @@ impl Shard {
             position: state.position(latest),
             serves: self.replication.leads() && self.lease.allows(),
             followers: followers(&state, part, latest).map(follower).collect(),
+            bytes: self.database.disk_bytes() + self.database.memtable_bytes(),
+            has_foreign_rows: self.takes.has_foreign_rows(),
+            moves: self.takes.moves(),
         })
     }
 

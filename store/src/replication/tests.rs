@@ -40,7 +40,7 @@ fn rest() {
     std::thread::park_timeout(Duration::from_millis(5));
 }
 
-fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
+pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
     let deadline = Instant::now() + PATIENCE;
     while !holds() {
         assert!(Instant::now() < deadline, "{what} in {PATIENCE:?}");
@@ -49,15 +49,15 @@ fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
 }
 
 /// A store that serves.
-struct Running {
-    handle: StoreHandle,
-    address: String,
+pub struct Running {
+    pub handle: StoreHandle,
+    pub address: String,
     shutdown: CancellationToken,
     thread: JoinHandle<()>,
 }
 
 impl Running {
-    fn start(data: &Path) -> Self {
+    pub fn start(data: &Path) -> Self {
         Self::start_with(data, |_| ())
     }
 
@@ -81,7 +81,7 @@ impl Running {
         Self { handle, address: address.recv().unwrap(), shutdown, thread }
     }
 
-    fn stop(self) {
+    pub fn stop(self) {
         self.shutdown.cancel();
         self.thread.join().unwrap();
     }

@@ -1,7 +1,9 @@
 //! Workers: one thread, one runtime and one gRPC server each; an acceptor hands every socket to the least loaded.
 
 use super::following;
+use super::moving;
 use super::stream::AnswerStream;
+use super::voting;
 use crate::{RunError, StoreHandle};
 use futures_util::StreamExt;
 use std::io;
@@ -21,7 +23,10 @@ use tonic::transport::server::Connected;
 use tonic::{Request, Response, Status, Streaming};
 use vasto_proto::id::ClusterId;
 use vasto_proto::pb::store_server;
-use vasto_proto::pb::{FollowerMessage, Frame, HandOverMessage, HandOverResponse, RenewRequest, RenewResponse};
+use vasto_proto::pb::{
+    FollowerMessage, Frame, HandOverMessage, HandOverResponse, MoveOpen, RenewRequest, RenewResponse, VoteRequest,
+    VoteResponse,
+};
 use vasto_proto::{PROTOCOL_VERSION, net};
 
 /// Sockets that wait for a worker to take them up.
@@ -221,9 +226,21 @@ impl store_server::Store for Service {
         Ok(Response::new(following::take_over(self.handle.core(), request.into_inner(), &self.shutdown).await?))
     }
 
+    type MoveStream = moving::MoveStream;
+
+    async fn r#move(&self, request: Request<MoveOpen>) -> Result<Response<Self::MoveStream>, Status> {
+        check_peer(request.metadata(), self.handle.cluster())?;
+        Ok(Response::new(moving::give(self.handle.core(), request.into_inner(), &self.shutdown).await?))
+    }
+
     async fn renew(&self, request: Request<RenewRequest>) -> Result<Response<RenewResponse>, Status> {
         check_peer(request.metadata(), self.handle.cluster())?;
         Ok(Response::new(self.handle.renew(request.get_ref())))
+    }
+
+    async fn vote(&self, request: Request<VoteRequest>) -> Result<Response<VoteResponse>, Status> {
+        check_peer(request.metadata(), self.handle.cluster())?;
+        Ok(Response::new(voting::vote(&self.handle, request.into_inner()).await?))
     }
 }
 

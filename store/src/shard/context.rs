@@ -2,6 +2,7 @@
 
 use super::Shard;
 use super::executor::Core;
+use super::ownership::Owned;
 use super::rows::{CellIndex, Rows, State};
 use super::stripes::StripeGuard;
 use super::view::ShardView;
@@ -12,6 +13,7 @@ use crate::replication::comparison::{self, Comparison, Haste};
 use bytes::Bytes;
 use std::cmp::Ordering;
 use std::ops::Range;
+use std::sync::Arc;
 use vasto_proto::batch::Outcome;
 use vasto_proto::command::ReplyWriter;
 use vasto_proto::error::{self, CommandError};
@@ -93,6 +95,8 @@ pub struct Context<'a> {
     pub(super) core: &'a Core,
     pub(super) tier: Tier,
     pub(super) has_large_permit: bool,
+    /// Of a command that covers slots: those that the shard owned when it began.
+    pub(super) owned: Option<Arc<Owned>>,
     pub(super) now_ns: u64,
     pub(super) now_ms: u64,
     /// This operation's part of `rows.operation_cells`.
@@ -251,7 +255,8 @@ impl<'a> Context<'a> {
 
     /// The shard as a whole, for commands that walk it; sees the writes of this batch so far.
     pub fn shard(&self) -> ShardView<'_> {
-        ShardView::new(self.shard, self.now_ms, self.flush_ns(), self.rows, self.batch)
+        let owned = self.owned.clone().unwrap_or_else(|| self.shard.owned());
+        ShardView::new(self.shard, self.now_ms, self.flush_ns(), self.rows, self.batch, owned)
     }
 
     fn flush_ns(&self) -> u64 {

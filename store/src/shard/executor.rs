@@ -27,11 +27,12 @@ use crate::lease::clock::BootClock;
 use crate::lease::state::{Admission, Need};
 use crate::metrics::Counters;
 use crate::replication::{Mode, Replicator};
+use crate::resize::pace::Pace;
 use bytes::Bytes;
 use smallvec::SmallVec;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use vasto_proto::batch::{
     Arguments, BatchError, FLAG_FROM_REPLICA, FLAG_LARGE_PERMIT, OperationHead, Operations, Outcome, begin_answer,
     cancel_answer, end_answer, write_answer,
@@ -39,6 +40,7 @@ use vasto_proto::batch::{
 use vasto_proto::command::table::StoreCommand;
 use vasto_proto::command::{Args, ReplyWriter};
 use vasto_proto::net::LARGE_VALUE_BYTES;
+use vasto_proto::slot::slot_of;
 
 /// What all sessions and lanes of a store share.
 pub struct Core {
@@ -53,6 +55,7 @@ pub struct Core {
     pub backups: Backups,
     pub clock: Arc<BootClock>,
     pub replicator: Replicator,
+    pub pace: Pace,
 }
 
 /// Where a batch runs.
@@ -112,6 +115,8 @@ struct Operation {
     is_blind: bool,
     /// It may change rows.
     writes: bool,
+    /// It is about all keys of the shard's slots.
+    covers_slots: bool,
     fate: Fate,
 }
 
@@ -191,6 +196,8 @@ impl Executor {
         place: Place,
         answers: &mut Vec<u8>,
     ) -> Result<(), BatchError> {
+        let is_measured = place == Place::Worker && self.batches_run.is_multiple_of(MEASURED_BATCHES);
+        let started = is_measured.then(Instant::now);
         self.decode(batch)?;
         self.admit(core, map, session, batch, place, answers);
         let mut groups = std::mem::take(&mut self.groups);
@@ -219,6 +226,9 @@ impl Executor {
         }
         self.groups = groups;
         self.count(core, place);
+        if let Some(started) = started {
+            core.pace.ran(started.elapsed());
+        }
         Ok(())
     }
 
@@ -246,6 +256,7 @@ impl Executor {
                 takes_all_keys: false,
                 is_blind: false,
                 writes: false,
+                covers_slots: false,
                 fate: Fate::Open,
             });
         }
@@ -357,6 +368,7 @@ impl Executor {
         operation.is_blind = command::is_blind(operation.command, args);
         operation.takes_all_keys = command::takes_all_keys(operation.command, args);
         operation.writes = command::writes(operation.command, args);
+        operation.covers_slots = command::covers_slots(operation.command, args);
         let bytes = (operation.end - operation.start) as usize;
         operation.needs_lane =
             place == Place::Worker && (bytes > WORKER_BYTES_MAX || command::needs_lane(operation.command, args));
@@ -549,6 +561,21 @@ impl Executor {
                 refuse(session, answers, &operation.head, &(Outcome::NeedsLargePermit, String::new()));
                 continue;
             }
+            if operation.writes && group.shard.changes.is_full() {
+                let mut keys = command::keys_of(operation.command, operation.args(batch));
+                if keys.any(|key| group.shard.changes.refuses(slot_of(key))) {
+                    operation.fate = Fate::Answered;
+                    let text = format!("a slot of shard {} changes faster than it moves", group.shard.key);
+                    refuse(session, answers, &operation.head, &(Outcome::NotServing, text));
+                    continue;
+                }
+            }
+            let owned = operation.covers_slots.then(|| group.shard.owned());
+            if let Some(refusal) = owned.as_ref().and_then(|owned| group.shard.refuses_slots(owned, &operation.head)) {
+                operation.fate = Fate::Answered;
+                refuse(session, answers, &operation.head, &refusal);
+                continue;
+            }
             let answer = begin_answer(answers, id, Outcome::Reply);
             let body_start = answers.len();
             self.rows.mark();
@@ -561,13 +588,19 @@ impl Executor {
                 core,
                 tier: place.tier(),
                 has_large_permit: operation.head.flags & FLAG_LARGE_PERMIT != 0,
+                owned: owned.clone(),
                 now_ns,
                 now_ms: now_ns / 1_000_000,
                 hint: 0,
                 cells,
             };
-            let ran = command::run(operation.command, &mut context, operation.args(batch));
+            let mut ran = command::run(operation.command, &mut context, operation.args(batch));
             operation.fate = Fate::Answered;
+            // It has seen some slots before a change and some behind it.
+            if owned.is_some_and(|owned| owned.version != group.shard.owned().version) {
+                let text = format!("slots of shard {} have changed meanwhile", group.shard.key);
+                ran = Err(Failure::Refused(Outcome::WrongEpoch, text));
+            }
             let Err(failure) = ran else {
                 end_answer(answers, answer);
                 continue;
@@ -626,10 +659,18 @@ impl Executor {
         if let Some(stamp) = self.rows.flush {
             writes.put_meta(meta::FLUSH, &stamp.to_bytes());
         }
-        shard.database.write(writes, place.tier())?;
-        if let Some(stamp) = self.rows.flush {
+        let written = shard.database.write(writes, place.tier());
+        if let (Ok(()), Some(stamp)) = (&written, self.rows.flush) {
             shard.database.garbage().flushed(stamp.ns);
         }
+        // After an error too: nobody knows what is written then.
+        if shard.changes.is_on() {
+            if self.rows.flush.is_some() {
+                shard.changes.flushed();
+            }
+            shard.changes.wrote(self.rows.written_keys());
+        }
+        written?;
         shard.durability.wrote();
         Ok(())
     }
@@ -738,6 +779,8 @@ impl Executor {
     }
 }
 
+/// Of so many batches one is measured, for those who move rows meanwhile: the clock costs as much as a small command.
+const MEASURED_BATCHES: u32 = 8;
 /// Batches between two visits of the shared counters.
 const COUNTED_BATCHES: u32 = 64;
 

@@ -2,6 +2,7 @@
 
 use super::Shard;
 use super::map::{Entry, ShardMap};
+use super::ownership::Owned;
 use std::sync::Arc;
 use vasto_proto::batch::{OperationHead, Outcome};
 
@@ -38,6 +39,20 @@ pub fn check<'m>(map: &'m ShardMap, head: &OperationHead) -> Result<&'m Arc<Shar
 }
 
 impl Shard {
+    /// Why a command that covers slots instead of naming keys may not run while the shard owns this: with other shards that assign slots
+    /// otherwise it would miss keys, or see some twice.
+    pub fn refuses_slots(&self, owned: &Owned, head: &OperationHead) -> Option<Refusal> {
+        if owned.fence.is_some() {
+            return Some((Outcome::NotServing, format!("slots of shard {} are just moving to another", self.key)));
+        }
+        let is_right = match head.shard_count() {
+            Some(count) => count == owned.shard_count,
+            None => !owned.had_operation,
+        };
+        let count = owned.shard_count;
+        (!is_right).then(|| (Outcome::WrongEpoch, format!("the keyspace of shard {} has {count} shards", self.key)))
+    }
+
     /// Why writes may not run though reads may.
     pub fn refuses_writes(&self) -> Option<Refusal> {
         if !self.replication.leads() {

@@ -11,6 +11,7 @@ pub mod gate;
 mod health;
 pub mod lane;
 pub mod map;
+pub mod ownership;
 pub mod row_cache;
 pub mod rows;
 pub mod session;
@@ -26,16 +27,18 @@ use crate::engine::database::Database;
 use crate::engine::{EngineError, meta};
 use crate::lease::state::LeaseState;
 use crate::replication::Replication;
+use crate::resize::changes::Changes;
+use crate::resize::incoming::Incoming;
 use alarm::Alarm;
 use durability::Durability;
 use health::Health;
+use ownership::Ownership;
 use parking_lot::Mutex;
 use stamps::Stamps;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use vasto_proto::id::{Epoch, ShardKey, StoreId};
 use vasto_proto::row::Stamp;
-use vasto_proto::slot::{SLOT_COUNT, SlotTable};
 use view::Places;
 
 /// One open shard.
@@ -50,41 +53,37 @@ pub struct Shard {
     pub durability: Durability,
     pub lease: Arc<LeaseState>,
     pub replication: Replication,
+    pub takes: Incoming,
     /// The number by which Redis clients know the keyspace, if its name is one.
     pub database_number: Option<i64>,
     pub places: Mutex<Places>,
     pub census: Kept,
-    slots: Box<[u16]>,
-    /// One bit per slot.
-    owned: Box<[u64; SLOT_COUNT as usize / 64]>,
+    ownership: Ownership,
+    /// What is to be sent again to those who get slots from this shard.
+    pub changes: Changes,
 }
 
 static INSTANCES: AtomicU32 = AtomicU32::new(1);
 
 impl Shard {
-    /// Takes an opened database into service; reads the shard's state from `meta`.
+    /// Takes an opened database into service; reads the shard's state from `meta`. It owns no slot yet.
     #[expect(clippy::too_many_arguments, reason = "what a shard is made of, each of another type")]
     pub fn new(
         key: ShardKey,
         epoch: Epoch,
         origin: StoreId,
-        table: &SlotTable,
         database: Database,
         fsync: Fsync,
         alarm: &Arc<Alarm>,
         database_number: Option<i64>,
         lease: Arc<LeaseState>,
     ) -> Result<Self, EngineError> {
-        let slots: Box<[u16]> = table.slots(key.shard).collect();
-        let mut owned = Box::new([0; SLOT_COUNT as usize / 64]);
-        for slot in &slots {
-            owned[usize::from(slot / 64)] |= 1 << (slot % 64);
-        }
         if let Some(stamp) = database.meta(meta::FLUSH)?.as_deref().and_then(Stamp::from_bytes) {
             database.garbage().flushed(stamp.ns);
         }
         let stamps = Stamps::open(origin, &database)?;
         let replication = Replication::open(&database)?;
+        let takes = Incoming::open(&database)?;
         Ok(Self {
             key,
             instance: INSTANCES.fetch_add(1, Ordering::Relaxed),
@@ -95,11 +94,12 @@ impl Shard {
             durability: Durability::new(fsync),
             lease,
             replication,
+            takes,
             database_number,
             places: Mutex::default(),
             census: Kept::default(),
-            slots,
-            owned,
+            ownership: Ownership::default(),
+            changes: Changes::default(),
         })
     }
 
@@ -110,14 +110,6 @@ impl Shard {
     /// What the newest record says of the shard.
     pub fn set_epoch(&self, epoch: Epoch) {
         self.epoch.store(epoch.0, Ordering::Release);
-    }
-
-    pub fn slots(&self) -> &[u16] {
-        &self.slots
-    }
-
-    pub fn owns(&self, slot: u16) -> bool {
-        self.owned.get(usize::from(slot / 64)).is_some_and(|word| word >> (slot % 64) & 1 == 1)
     }
 
     /// Rows with an event time up to this are dead.

@@ -116,6 +116,17 @@ impl RowCache {
         self.make_room(0);
     }
 
+    /// Forgets the rows of a shard whose keys do not pass.
+    pub fn keep(&mut self, instance: u32, passes: impl Fn(&[u8]) -> bool) {
+        for place in 0..self.entries.len() {
+            let entry = &self.entries[place];
+            let is_its_row = entry.instance == instance && !entry.bytes.is_empty();
+            if is_its_row && !passes(&entry.bytes[..entry.key_length as usize]) {
+                self.remove(place as u32);
+            }
+        }
+    }
+
     fn remove(&mut self, place: u32) {
         let entry = &mut self.entries[place as usize];
         self.bytes -= entry.cost();

@@ -148,7 +148,14 @@ impl Rows {
     pub fn locate(&mut self, cell: CellIndex, batch: &[u8], owns: impl Fn(u16) -> bool) -> bool {
         let cell = &mut self.cells[cell as usize];
         if cell.physical.1 != 0 {
-            return true;
+            // What it owned before the locks need not be what it owns now.
+            let start = cell.physical.0 as usize;
+            let slot = self.physical[start..].first_chunk().map_or(0, |slot| u16::from_be_bytes(*slot));
+            let is_owned = owns(slot);
+            if !is_owned {
+                cell.state = State::NotOwned(slot);
+            }
+            return is_owned;
         }
         let key = cell.key(batch);
         let slot = slot_of(key);
@@ -166,6 +173,12 @@ impl Rows {
     pub fn physical(&self, cell: CellIndex) -> &[u8] {
         let (start, length) = self.cells[cell as usize].physical;
         &self.physical[start as usize..(start + length) as usize]
+    }
+
+    /// The physical keys of the rows that were written, all of which are located.
+    pub fn written_keys(&self) -> impl Iterator<Item = &[u8]> {
+        let written = (0..self.cells.len()).filter(|cell| self.cells[*cell].dirty);
+        written.map(|cell| self.physical(cell as CellIndex))
     }
 
     /// Fetches a located cell's row.

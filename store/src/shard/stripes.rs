@@ -42,6 +42,13 @@ impl Stripes {
         (hash >> 40) as usize % STRIPE_COUNT
     }
 
+    /// Locks one stripe after the other: whatever held one when this began has let go of it when this returns.
+    pub fn pass(&self, mut visit: impl FnMut(&mut RowCache)) {
+        for stripe in &self.stripes {
+            visit(&mut stripe.lock().cache);
+        }
+    }
+
     pub fn try_each(&self, mut visit: impl FnMut(&mut RowCache)) {
         for stripe in &self.stripes {
             if let Some(mut stripe) = stripe.try_lock() {

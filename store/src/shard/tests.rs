@@ -26,7 +26,7 @@ use vasto_proto::topology::{KeyspaceRecord, Settings};
 const SHARD: ShardKey = ShardKey { keyspace: KeyspaceId(0), shard: ShardId(0) };
 
 /// A store with one shard.
-pub(super) fn open(data: &Path, change: impl FnOnce(&mut Config)) -> StoreHandle {
+pub(crate) fn open(data: &Path, change: impl FnOnce(&mut Config)) -> StoreHandle {
     let mut config = Config { data: data.to_owned(), lane_threads: 3, ..Config::default() };
     change(&mut config);
     let store = Store::open(config).unwrap();
@@ -41,7 +41,7 @@ fn starved(config: &mut Config) {
         MemoryConfig { row_cache_bytes: 4096 * 600, block_cache_bytes: 1 << 10, write_buffer_bytes: 64 << 20 };
 }
 
-pub(super) struct Client {
+pub(crate) struct Client {
     session: Session,
     late: LateAnswers,
     next_id: u32,
@@ -50,7 +50,7 @@ pub(super) struct Client {
 }
 
 impl Client {
-    pub(super) fn new(handle: &StoreHandle) -> Self {
+    pub(crate) fn new(handle: &StoreHandle) -> Self {
         let (session, late) = handle.open_session();
         Self { session, late, next_id: 0, batch: Vec::new(), sent: Vec::new() }
     }
@@ -67,7 +67,7 @@ impl Client {
         self.add_head(SHARD, connection, words, flags, epoch);
     }
 
-    fn add_head(&mut self, target: ShardKey, connection: u32, words: &[&[u8]], flags: u32, epoch: Epoch) {
+    pub(crate) fn add_head(&mut self, target: ShardKey, connection: u32, words: &[&[u8]], flags: u32, epoch: Epoch) {
         let Some(Command::Store(command)) = find(words[0]) else { panic!("{words:?} is no command of the store") };
         self.next_id += 1;
         let head = OperationHead { id: self.next_id, connection, target, epoch, command: command.code(), flags };
@@ -76,7 +76,7 @@ impl Client {
     }
 
     /// Sends what was added; returns the answers in order of their operations, and how many of them were late.
-    fn send(&mut self) -> (Vec<(Outcome, String)>, usize) {
+    pub(crate) fn send(&mut self) -> (Vec<(Outcome, String)>, usize) {
         let mut answers = Vec::new();
         self.session.execute(Bytes::from(std::mem::take(&mut self.batch)), &mut answers);
         let mut by_id = HashMap::new();
@@ -105,7 +105,7 @@ impl Client {
         (answers, count - at_once)
     }
 
-    pub(super) fn call(&mut self, words: &[&[u8]]) -> String {
+    pub(crate) fn call(&mut self, words: &[&[u8]]) -> String {
         self.add(1, words);
         let (answers, _) = self.send();
         assert_eq!(answers[0].0, Outcome::Reply, "{}", answers[0].1);
@@ -322,7 +322,7 @@ fn try_copy(from: &Path, to: &Path) -> io::Result<()> {
     Ok(())
 }
 
-pub(super) fn shard(handle: &StoreHandle) -> Arc<super::Shard> {
+pub(crate) fn shard(handle: &StoreHandle) -> Arc<super::Shard> {
     match handle.core().shards.current().entry(SHARD) {
         Some(Entry::Serving(shard)) => Arc::clone(shard),
         _ => panic!("the shard is not served"),

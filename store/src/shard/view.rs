@@ -3,11 +3,13 @@
 use super::Shard;
 use super::context::Failure;
 use super::durability::SyncFigures;
+use super::ownership::Owned;
 use super::rows::{Rows, State};
 use crate::command::census::{Kept, Moment};
 use crate::engine::database::RawWalk;
 use crate::replication::Figures;
 use std::ops::Range;
+use std::sync::Arc;
 use vasto_proto::batch::Outcome;
 use vasto_proto::row::Header;
 
@@ -18,16 +20,24 @@ pub struct ShardView<'a> {
     flush_ns: u64,
     rows: &'a Rows,
     batch: &'a [u8],
+    owned: Arc<Owned>,
 }
 
 impl<'a> ShardView<'a> {
-    pub(super) fn new(shard: &'a Shard, now_ms: u64, flush_ns: u64, rows: &'a Rows, batch: &'a [u8]) -> Self {
-        Self { shard, now_ms, flush_ns, rows, batch }
+    pub(super) fn new(
+        shard: &'a Shard,
+        now_ms: u64,
+        flush_ns: u64,
+        rows: &'a Rows,
+        batch: &'a [u8],
+        owned: Arc<Owned>,
+    ) -> Self {
+        Self { shard, now_ms, flush_ns, rows, batch, owned }
     }
 
     /// The slots of this shard in ascending order; never empty in practice, but may be with more shards than slots hash to.
-    pub fn slots(&self) -> &'a [u16] {
-        self.shard.slots()
+    pub fn slots(&self) -> &[u16] {
+        &self.owned.slots
     }
 
     /// Whether a client sees the row: neither deleted, nor expired, nor flushed.
@@ -44,7 +54,8 @@ impl<'a> ShardView<'a> {
     pub fn walk(&self) -> Walk<'a> {
         let mut written: Vec<(Vec<u8>, &'a [u8])> = self.rows.written(self.batch).collect();
         written.sort_unstable();
-        Walk { shard: self.shard, disk: self.shard.database.walk(), written, next_written: 0 }
+        let owned = Arc::clone(&self.owned);
+        Walk { shard: self.shard, owned, disk: self.shard.database.walk(), written, next_written: 0 }
     }
 
     /// Whether writes are refused, since the disk is full or damaged.
@@ -81,7 +92,8 @@ impl<'a> ShardView<'a> {
 
     /// What a count of the rows depends on.
     pub fn moment(&self) -> Moment {
-        Moment { sequence: self.shard.database.sequence(), flush_ns: self.flush_ns }
+        let (sequence, flush_ns) = (self.shard.database.sequence(), self.flush_ns);
+        Moment { sequence, flush_ns, ownership: self.owned.version }
     }
 
     /// Whether the batch has written rows that nobody else sees yet.
@@ -140,6 +152,7 @@ impl<'a> ShardView<'a> {
 /// A cursor over a shard's rows.
 pub struct Walk<'a> {
     shard: &'a Shard,
+    owned: Arc<Owned>,
     disk: RawWalk<'a>,
     /// Rows of the batch's own writes by physical key.
     written: Vec<(Vec<u8>, &'a [u8])>,
@@ -205,10 +218,8 @@ impl Walk<'_> {
         while let Some(slot) =
             self.disk.key().and_then(|key| key.first_chunk::<2>()).map(|slot| u16::from_be_bytes(*slot))
         {
-            if self.shard.owns(slot) {
-                return;
-            }
-            match self.shard.slots().iter().find(|own| **own > slot) {
+            match self.owned.next_from(slot) {
+                Some(own) if own == slot => return,
                 Some(own) => self.disk.seek(&own.to_be_bytes()),
                 None => self.disk.seek(&u16::MAX.to_be_bytes()),
             }

@@ -5,7 +5,7 @@
 //! function of key and version, so that the `ledger` judges by numbers alone; `tally` and `report` count and tell.
 
 mod arguments;
-mod command;
+pub mod command;
 pub mod connection;
 mod distribution;
 mod ledger;

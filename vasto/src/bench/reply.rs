@@ -40,13 +40,17 @@ pub fn parse(input: &[u8]) -> Result<Option<(Reply<'_>, usize)>, Malformed> {
     Ok(Some((head.reply, end)))
 }
 
-struct Element<'a> {
-    reply: Reply<'a>,
-    end: usize,
-    children: u64,
+/// A reply without what is in it.
+pub struct Element<'a> {
+    pub reply: Reply<'a>,
+    /// Its length, or that of its head.
+    pub end: usize,
+    /// Elements that follow.
+    pub children: u64,
 }
 
-fn element(input: &[u8]) -> Result<Option<Element<'_>>, Malformed> {
+/// The first element of `input`; `None` while it is incomplete.
+pub fn element(input: &[u8]) -> Result<Option<Element<'_>>, Malformed> {
     let Some(kind) = input.first() else { return Ok(None) };
     let Some(line_end) = line_end(&input[1..])?.map(|end| end + 1) else { return Ok(None) };
     let line = &input[1..line_end];

@@ -69,6 +69,7 @@ fn store_config(storage: &StorageOptions, proto_max_bulk_len: usize, stores: usi
         max_open_files: i32::from(storage.max_open_files),
         background_jobs: i32::from(storage.background_jobs),
         background_bytes_per_second: storage.background_rate.0 as u64,
+        resize_bytes_per_second: storage.resize_rate.saturating_mul(1_000_000),
         verify_interval: Duration::from_secs(storage.verify_interval),
         ..vasto_store::Config::default()
     }

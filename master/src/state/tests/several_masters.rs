@@ -4,6 +4,8 @@ use std::collections::VecDeque;
 
 use super::*;
 
+mod resizes;
+
 const MASTERS: usize = 3;
 const STORES_MAX: u32 = 5;
 
@@ -17,12 +19,15 @@ struct Wire {
 struct Cluster {
     masters: Vec<State>,
     disks: BTreeMap<u32, Disk>,
+    /// What each store says of its copies.
+    statuses: BTreeMap<u32, Vec<ShardStatus>>,
     /// Which leader a store has heard last, and when.
     heard: BTreeMap<u32, (Term, String, Duration)>,
     wires: BTreeMap<(usize, u32), Wire>,
     next: u64,
     now: Duration,
     confirmed: Vec<KeyspaceRecord>,
+    refused: BTreeMap<RequestId, String>,
     /// What was ever chosen, as far as anybody knew.
     chosen: BTreeMap<(KeyspaceId, Epoch), KeyspaceRecord>,
     groups: BTreeMap<u64, HolderGroup>,
@@ -34,11 +39,13 @@ impl Cluster {
         let mut cluster = Self {
             masters: Vec::new(),
             disks,
+            statuses: BTreeMap::new(),
             heard: BTreeMap::new(),
             wires: BTreeMap::new(),
             next: 0,
             now: Duration::ZERO,
             confirmed: Vec::new(),
+            refused: BTreeMap::new(),
             chosen: BTreeMap::new(),
             groups: BTreeMap::new(),
             leaders: BTreeSet::new(),
@@ -66,6 +73,7 @@ impl Cluster {
             self.wires.insert((master, store), wire);
         }
         let mut report = self.disks[&store].report(store);
+        report.shards = self.statuses.get(&store).cloned().unwrap_or_default();
         if let Some((term, leader, at)) = self.heard.get(&store).filter(|(term, ..)| *term >= report.ballot.follows) {
             report.ballot.follows = *term;
             report.ballot.leader_heard = Some(self.now.saturating_sub(*at));
@@ -145,7 +153,12 @@ impl Cluster {
     fn look(&mut self, master: usize) {
         let state = &mut self.masters[master];
         self.leaders.extend(state.term());
-        self.confirmed.extend(state.take_answers().into_iter().filter_map(|(_, result)| result.ok()));
+        for (request, result) in state.take_answers() {
+            match result {
+                Ok(record) => self.confirmed.push(record),
+                Err(error) => drop(self.refused.insert(request, error.to_string())),
+            }
+        }
         let adopted = state.leadership.records().filter(|(_, is_chosen)| *is_chosen).map(|(record, _)| record);
         let known = state.records.values().map(|known| &known.record);
         for record in adopted.chain(known).chain(self.disks.values().flat_map(|disk| disk.records.values())) {
