@@ -87,6 +87,8 @@ pub struct Cluster {
     store_ids: Vec<String>,
     /// All masters, as `--master` takes them.
     master_address: String,
+    /// Those of every store.
+    store_options: Vec<String>,
     directory: TempDir,
     /// Where each process runs, if they have a network of their own.
     pub hosts: Option<Hosts>,
@@ -212,9 +214,28 @@ impl Cluster {
     /// One more store, not waited for.
     pub fn launch_store(&mut self) -> &mut Node {
         let name = format!("store-{}", self.stores.len());
-        let node = launch_store(&name, &self.directory, &self.master_address);
-        self.stores.push(node);
+        let data = text(&self.directory.path().join(&name));
+        let mut arguments = store_arguments(&self.master_address, &free_address(), &data);
+        arguments.extend(self.store_options.iter().cloned());
+        self.stores.push(Node::launch(&name, self.directory.path(), &arguments));
         self.stores.last_mut().expect("it was just added")
+    }
+
+    /// One more store, which the gateways know when this returns; its number.
+    pub fn add_store(&mut self) -> usize {
+        self.launch_store().wait_ready(READY_TIMEOUT);
+        let number = self.stores.len() - 1;
+        self.store_ids.push(self.stores[number].store_id());
+        for gateway in 0..self.gateways.len() {
+            let mut connection = self.connect(gateway);
+            crate::eventually!("the new store is known", {
+                let stores = connection.call(&["STORES"]).elements().unwrap_or_default();
+                let is_new = |store: &&Value| store.field("id").is_some_and(|id| id.text() == self.store_ids[number]);
+                let new = stores.iter().find(is_new).and_then(|store| store.field("state"));
+                new.is_some_and(|state| state.text() == "up")
+            });
+        }
+        number
     }
 
     /// One of the masters, the first is 0.
@@ -373,6 +394,7 @@ impl ClusterBuilder {
             more_masters,
             store_ids: Vec::new(),
             master_address,
+            store_options: self.store_options,
             directory,
             hosts,
             _network: network,

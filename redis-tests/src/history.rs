@@ -79,7 +79,7 @@ pub fn outcome_of(action: &Action, reply: &Value) -> Result<Outcome, String> {
 }
 
 /// The code words by which errors tell what is known.
-fn outcome_of_error(text: &str) -> Result<Outcome, String> {
+pub fn outcome_of_error(text: &str) -> Result<Outcome, String> {
     match text.split(' ').next().unwrap_or_default() {
         "UNKNOWN" => Ok(Outcome::Unknown),
         "CLUSTERDOWN" | "NOREPLICAS" | "MISCONF" | "LOADING" | "TRYAGAIN" => Ok(Outcome::NotExecuted),
@@ -244,6 +244,16 @@ impl History {
         wrong
     }
 
+    /// How long the slowest share of the operations took that were answered in this time, such as 0.99: less than that share took no longer.
+    pub fn quantile(&self, from: Duration, to: Duration, share: f64) -> Duration {
+        let done = self.operations().filter(|operation| operation.client != READER && operation.is_done());
+        let within = done.filter(|operation| operation.completed >= from && operation.completed < to);
+        let mut times: Vec<Duration> = within.map(|operation| operation.completed - operation.invoked).collect();
+        times.sort_unstable();
+        let place = (times.len() as f64 * share) as usize;
+        times.get(place.min(times.len().saturating_sub(1))).copied().unwrap_or_default()
+    }
+
     /// The longest time for which a client asked for a key and no operation on it succeeded, of those that touch the window; it counts
     /// from the window's start, and to its own end even if that is after the window.
     pub fn unavailable(&self, from: Duration, to: Duration) -> Duration {
@@ -396,6 +406,21 @@ mod tests {
         assert_eq!(milliseconds(300, 500), 300);
         assert_eq!(milliseconds(0, 200), 500);
         assert_eq!(milliseconds(605, 1000), 10);
+    }
+
+    #[test]
+    fn quantiles_are_of_what_was_answered_in_the_time() {
+        let mut history = History::default();
+        for number in 0..100 {
+            history.add(operation(1, 0, number, Action::Increment, done(1)));
+        }
+        history.add(operation(1, 0, 50, Action::Increment, Outcome::Unknown));
+        let milliseconds = |from, to, share| {
+            history.quantile(Duration::from_millis(from), Duration::from_millis(to), share).as_millis()
+        };
+        assert_eq!(milliseconds(0, 1000, 0.99), 99);
+        assert_eq!(milliseconds(0, 50, 0.5), 25);
+        assert_eq!(milliseconds(200, 300, 0.5), 0);
     }
 
     #[test]

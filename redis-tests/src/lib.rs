@@ -23,6 +23,7 @@ pub mod redis_server;
 pub mod resp;
 pub mod script;
 pub mod seed;
+pub mod slots;
 
 pub use cluster::{Cluster, Server};
 pub use connection::{Address, Connection};

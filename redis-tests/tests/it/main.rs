@@ -16,6 +16,7 @@ mod keyspaces;
 mod known_differences;
 mod limits;
 mod masters;
+mod operations;
 mod process;
 mod protocol;
 mod restart;

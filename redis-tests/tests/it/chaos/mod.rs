@@ -4,13 +4,20 @@
 //! line of what it came to. `VASTO_CHAOS_SECONDS=n` lets each repeat its faults for n seconds, by default each is done once or a few times.
 
 mod clocks;
+mod company;
 mod deletes;
 mod detection;
+mod fail_points;
+mod growth;
 mod handovers;
 mod kills;
 mod masters;
+mod operation;
 mod partitions;
+mod replaces;
+mod resizes;
 mod returns;
+mod sleeping_gateway;
 mod storm;
 mod takeovers;
 
@@ -24,7 +31,7 @@ use redis_tests::history::{Event, History, Totals, surroundings};
 use redis_tests::linearizability::{self, Verdict};
 use redis_tests::load::{Load, LoadPlan};
 use redis_tests::seed::{number_from_environment, seeded};
-use redis_tests::{Address, Cluster, Connection, Value};
+use redis_tests::{Address, Cluster, Connection, Node, Value};
 
 /// The keyspace of the load.
 const KEYSPACE: &str = "chaos";
@@ -98,6 +105,11 @@ impl Rounds {
         Rounds { start: Instant::now(), done: 0, at_least, time: Duration::from_secs(seconds) }
     }
 
+    /// Whether `VASTO_CHAOS_SECONDS` asks for more than the few rounds of every day.
+    fn are_many(&self) -> bool {
+        !self.time.is_zero()
+    }
+
     fn another(&mut self) -> bool {
         self.done += 1;
         self.done <= self.at_least || self.start.elapsed() < self.time
@@ -129,11 +141,18 @@ struct Trial {
     /// Operations that show a loss where losses are allowed.
     losses: usize,
     longest: Duration,
+    /// Processes that were made to end by a panic.
+    panics: usize,
 }
 
 impl Trial {
     /// `None`, and said, where the cluster has no such copies.
     fn begin(name: &str, builder: ClusterBuilder, safety: Safety) -> Option<Trial> {
+        Trial::begin_with(name, builder, safety, SHARDS)
+    }
+
+    /// On a keyspace of so many shards.
+    fn begin_with(name: &str, builder: ClusterBuilder, safety: Safety, shards: usize) -> Option<Trial> {
         let name = format!("{name}, copies {}, min-replicas {}", safety.copies, safety.min_replicas);
         let mut seeded = seeded(&name);
         let cluster = builder.gateways(2).start();
@@ -157,8 +176,9 @@ impl Trial {
             breaks: 0,
             losses: 0,
             longest: Duration::ZERO,
+            panics: 0,
         };
-        create_keyspace(&trial.cluster, KEYSPACE, SHARDS, safety);
+        create_keyspace(&trial.cluster, KEYSPACE, shards, safety);
         trial.wait_until_whole();
         Some(trial)
     }
@@ -168,9 +188,14 @@ impl Trial {
     }
 
     fn start_load(&mut self) {
+        self.start_load_at(self.addresses());
+    }
+
+    /// By these gateways alone.
+    fn start_load_at(&mut self, addresses: Vec<Address>) {
         self.loads += 1;
         let plan = LoadPlan {
-            addresses: self.addresses(),
+            addresses,
             keyspace: KEYSPACE.to_owned(),
             name: format!("l{}", self.loads),
             groups: GROUPS,
@@ -233,7 +258,14 @@ impl Trial {
             let unavailable = history.unavailable(event.at, end);
             self.longest = self.longest.max(unavailable);
             if event.at < until {
-                eprintln!("  {}: a key was unavailable for {:.2} s", event.what, unavailable.as_secs_f64());
+                let milliseconds = |share| history.quantile(event.at, end, share).as_secs_f64() * 1000.0;
+                eprintln!(
+                    "  {}: a key was unavailable for {:.2} s; p50 {:.2} ms, p99 {:.2} ms",
+                    event.what,
+                    unavailable.as_secs_f64(),
+                    milliseconds(0.5),
+                    milliseconds(0.99)
+                );
             }
         }
         let totals = history.totals();
@@ -306,11 +338,19 @@ impl Trial {
             self.breaks,
             self.longest.as_secs_f64()
         );
-        for node in self.cluster.nodes() {
-            assert!(!node.log().contains("panicked"), "{}:\n{}", node.name, node.log());
+        let panics: usize = self.cluster.nodes().map(|node| panics_of(node)).sum();
+        if panics != self.panics {
+            let logs: Vec<String> =
+                self.cluster.nodes().filter(|node| panics_of(node) > 0).map(|node| node.log()).collect();
+            panic!("{panics} processes panicked, {} were made to:\n{}", self.panics, logs.join("\n"));
         }
         self.totals
     }
+}
+
+/// How often a process has ended by a panic.
+fn panics_of(node: &Node) -> usize {
+    node.log().matches("panicked").count()
 }
 
 /// The keys that no order of the operations explains, each with what happened around the first answer that does not fit.

@@ -7,6 +7,7 @@ mod full_disk;
 mod syncs;
 
 use std::fs::File;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
@@ -24,13 +25,13 @@ fn start_server(directory: &Path, data: &Path, options: &[&str]) -> Node {
 }
 
 /// A file system of its own in memory, gone when dropped.
-struct SmallDisk {
+pub(crate) struct SmallDisk {
     path: PathBuf,
 }
 
 impl SmallDisk {
     /// None where it is not permitted, which is said.
-    fn mount(path: &Path, megabytes: u32) -> Option<SmallDisk> {
+    pub(crate) fn mount(path: &Path, megabytes: u32) -> Option<SmallDisk> {
         std::fs::create_dir(path).unwrap();
         let mounted = Command::new("mount")
             .args(["-t", "tmpfs", "-o", &format!("size={megabytes}m"), "tmpfs"])
@@ -47,6 +48,20 @@ impl SmallDisk {
                 None
             }
         }
+    }
+
+    /// Takes every byte that is left; the file.
+    pub(crate) fn fill(&self) -> PathBuf {
+        let path = self.path.join("rest");
+        let mut file = File::create(&path).unwrap();
+        let block = vec![b'r'; 1 << 20];
+        let mut size = block.len();
+        while size > 0 {
+            if file.write_all(&block[..size]).is_err() {
+                size /= 2;
+            }
+        }
+        path
     }
 
     /// A file that takes space until it is removed.
