@@ -1,4 +1,5 @@
-//! Follows all masters: keeps the latest snapshot of the cluster, whatever becomes of any of them.
+//! Follows all masters: keeps the latest snapshot of the cluster, whatever becomes of any of them. While no master speaks, stores are asked
+//! for newer records: they may have lifted a fence or completed a commit without one.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -16,6 +17,8 @@ use vasto_proto::pb::master_client::MasterClient;
 use vasto_proto::topology::{KeyspaceRecord, Snapshot, StoreInfo};
 use vasto_proto::{PROTOCOL_VERSION, net, pb};
 
+use crate::upstream::records;
+
 /// The master's first snapshot leaves at once; one that takes longer hangs, and the stream is opened anew.
 const FIRST_SNAPSHOT_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -23,6 +26,9 @@ const FIRST_SNAPSHOT_TIMEOUT: Duration = Duration::from_secs(5);
 /// gateways do not come back to a restarted master at once.
 const RETRY_PAUSE_MIN: Duration = Duration::from_millis(100);
 const RETRY_PAUSE_MAX: Duration = Duration::from_millis(1600);
+
+/// How often stores are asked while no master speaks: several times within the deadline of a request.
+const STORES_ASKED_EVERY: Duration = Duration::from_millis(500);
 
 /// The latest snapshot, at first an empty one. The tasks that keep it belong to `tracker` and end at `shutdown`.
 pub fn follow(
@@ -37,6 +43,7 @@ pub fn follow(
         let (followed, shutdown) = (Arc::clone(&followed), shutdown.clone());
         tracker.spawn(async move { shutdown.run_until_cancelled(followed.keep_following(number, &master)).await });
     }
+    tracker.spawn(async move { shutdown.run_until_cancelled(followed.ask_stores()).await });
     receiver
 }
 
@@ -106,6 +113,51 @@ impl Followed {
             next = snapshots.next().await;
         }
         Ok(())
+    }
+
+    /// Learns from stores what they keep as chosen, for as long as no master speaks.
+    async fn ask_stores(&self) {
+        loop {
+            tokio::time::sleep(STORES_ASKED_EVERY).await;
+            let known = Arc::clone(&self.latest.borrow());
+            if known.cluster == ClusterId(0) || !self.streams.lock().is_empty() {
+                continue;
+            }
+            let epochs = |record: &KeyspaceRecord| pb::KnownRecord { keyspace_id: record.id.0, epoch: record.epoch.0 };
+            let epochs: Vec<pb::KnownRecord> = known.keyspaces.iter().map(epochs).collect();
+            let asking = known
+                .stores
+                .iter()
+                .filter(|store| !store.address.is_empty())
+                .map(|store| records::newer(store.address.clone(), known.cluster, epochs.clone()));
+            // One that cannot be asked is down or cut off as the masters are.
+            for record in futures_util::future::join_all(asking).await.into_iter().flatten().flatten() {
+                self.learn(record);
+            }
+        }
+    }
+
+    /// Takes a record over that a store keeps as chosen, if it is newer than what is known.
+    fn learn(&self, record: KeyspaceRecord) {
+        // Who refreshes holds these: none of what a master says meanwhile is lost.
+        let streams = self.streams.lock();
+        let before = Arc::clone(&self.latest.borrow());
+        if !streams.is_empty() || before.dropped.contains(&record.id) {
+            return;
+        }
+        if before.keyspace(record.id).is_some_and(|known| known.epoch >= record.epoch) {
+            return;
+        }
+        let mut after = Snapshot::clone(&before);
+        after.keyspaces.retain(|keyspace| keyspace.id != record.id);
+        if record.dropped {
+            after.dropped.insert(record.id);
+        } else {
+            after.keyspaces.push(record);
+            after.keyspaces.sort_by_key(|keyspace| keyspace.id);
+        }
+        log_changes(&before, &after);
+        self.latest.send_replace(Arc::new(after));
     }
 
     /// Makes the latest snapshot of what all masters say.
@@ -328,6 +380,26 @@ mod tests {
         assert_eq!(combine(&known, std::iter::empty()), Ok(None));
         let stranger = snapshot(2, &[]);
         assert!(combine(&none, [&leader, &stranger].into_iter()).is_err());
+    }
+
+    #[test]
+    fn a_store_is_believed_if_it_has_something_newer_and_no_master_speaks() {
+        let first = KeyspaceRecord::new(KeyspaceId(0), "0", &[StoreId(1)]).unwrap();
+        let second = KeyspaceRecord::new(KeyspaceId(4), "four", &[StoreId(1)]).unwrap();
+        let known = Snapshot { keyspaces: vec![first.clone(), second.clone()], ..snapshot(7, &[store(1, "a:1")]) };
+        let (latest, heard) = watch::channel(Arc::new(known.clone()));
+        let followed = Followed { latest, streams: Mutex::default() };
+        let grown = first.begin_resize(2, vec![StoreId(1)]).unwrap();
+        followed.learn(grown.clone());
+        followed.learn(first.clone());
+        followed.learn(second.as_dropped());
+        followed.learn(second.begin_resize(2, vec![StoreId(1)]).unwrap());
+        let after = Arc::clone(&heard.borrow());
+        assert_eq!((&after.keyspaces, &after.stores), (&vec![grown.clone()], &known.stores));
+        assert_eq!(after.dropped, [second.id].into());
+        followed.streams.lock().insert(0, known);
+        followed.learn(grown.fence().unwrap());
+        assert_eq!(heard.borrow().keyspaces, [grown], "masters know better");
     }
 
     #[test]

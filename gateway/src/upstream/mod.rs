@@ -4,6 +4,7 @@ pub mod grpc;
 pub mod link;
 pub mod masters;
 pub(crate) mod pool;
+pub mod records;
 #[cfg(test)]
 mod tests;
 

@@ -24,9 +24,10 @@ use tonic::{Request, Response, Status, Streaming};
 use vasto_proto::id::ClusterId;
 use vasto_proto::pb::store_server;
 use vasto_proto::pb::{
-    FollowerMessage, Frame, HandOverMessage, HandOverResponse, MoveOpen, RenewRequest, RenewResponse, VoteRequest,
-    VoteResponse,
+    FollowerMessage, Frame, HandOverMessage, HandOverResponse, MoveOpen, RecordsRequest, RecordsResponse, RenewRequest,
+    RenewResponse, VoteRequest, VoteResponse,
 };
+use vasto_proto::topology::KeyspaceRecord;
 use vasto_proto::{PROTOCOL_VERSION, net};
 
 /// Sockets that wait for a worker to take them up.
@@ -241,6 +242,17 @@ impl store_server::Store for Service {
     async fn vote(&self, request: Request<VoteRequest>) -> Result<Response<VoteResponse>, Status> {
         check_peer(request.metadata(), self.handle.cluster())?;
         Ok(Response::new(voting::vote(&self.handle, request.into_inner()).await?))
+    }
+
+    async fn records(&self, request: Request<RecordsRequest>) -> Result<Response<RecordsResponse>, Status> {
+        check_peer(request.metadata(), self.handle.cluster())?;
+        let known = request.into_inner().known;
+        let is_news = |record: &KeyspaceRecord| {
+            let known = known.iter().find(|known| known.keyspace_id == record.id.0);
+            known.is_none_or(|known| known.epoch < record.epoch.0)
+        };
+        let records = self.handle.records().iter().filter(|record| is_news(record)).map(Into::into).collect();
+        Ok(Response::new(RecordsResponse { records }))
     }
 }
 

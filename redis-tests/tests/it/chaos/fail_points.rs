@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use redis_tests::{Cluster, heavy};
+use redis_tests::{Cluster, eventually, heavy};
 
 use super::company::{Company, Failures};
 use super::operation::End;
@@ -233,6 +233,34 @@ fn a_process_dies_at_a_step_of_a_resize_of_one_copy() {
 #[test]
 fn a_process_dies_at_a_step_of_a_resize_of_three_copies() {
     die_at_steps(THREE_COPIES, &["master_committed", "target_drained", "source_fenced"]);
+}
+
+/// Longer than stores wait for a master before they end what it has left, and than a request waits.
+const LEFT_ALONE: Duration = Duration::from_secs(9);
+
+#[test]
+fn nothing_fails_when_the_master_dies_in_the_middle_and_stays_away() {
+    let _turn = heavy();
+    let Some((mut trial, _)) = begin("the master dies in a resize and stays away", ONE_COPY) else { return };
+    let mut rounds = Rounds::new(2);
+    while rounds.another() {
+        // Behind a fence, which stores lift; and when the commit is chosen, of which they and the gateways must hear then.
+        let (point, shards) = [("master_fenced", MANY), ("master_committed", FEW)][rounds.number() % 2];
+        let before = trial.places(KEYSPACE).unwrap().len();
+        let shards = if before == shards { FEW + MANY - shards } else { shards };
+        trial.start_with(Process::Master, &[("FAILPOINTS".to_owned(), format!("resize::{point}=1*panic"))]);
+        trial.start_load();
+        trial.event(format!("the master will end at {point}"));
+        let operation = trial.begin_operation(&["RESIZE", KEYSPACE, "SHARDS", &shards.to_string()]);
+        eventually!(60 s, "the master ends", !trial.cluster.master.is_running());
+        trial.event("the master has ended");
+        trial.go_on_for(LEFT_ALONE);
+        trial.revive();
+        let (_, end) = trial.follow_operation(&operation, |_| ());
+        trial.settle(shards, before, &end);
+    }
+    let totals = trial.end();
+    assert_eq!(totals.failed(), 0, "{totals:?}");
 }
 
 /// Longer than a resize of so little takes without a fault.
