@@ -28,7 +28,7 @@ const RETRY_PAUSE_MIN: Duration = Duration::from_millis(100);
 const RETRY_PAUSE_MAX: Duration = Duration::from_millis(1600);
 
 /// How often stores are asked while no master speaks: several times within the deadline of a request.
-const STORES_ASKED_EVERY: Duration = Duration::from_millis(500);
+const STORES_ASKED_EVERY: Duration = Duration::from_millis(200);
 
 /// The latest snapshot, at first an empty one. The tasks that keep it belong to `tracker` and end at `shutdown`.
 pub fn follow(

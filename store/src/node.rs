@@ -346,11 +346,12 @@ impl StoreHandle {
         self.node.leader_heard.lock().elapsed()
     }
 
-    /// The keyspaces of which slots that this store has are behind a fence, and the versions of their records that set it.
-    pub(crate) fn fenced(&self) -> Vec<(KeyspaceId, Epoch)> {
-        let records = self.node.records.lock();
+    /// The keyspaces of which slots that this store has are behind a fence, and the versions of their records that set it. `None`
+    /// while a record is being followed, which may take its time, and whoever asks must not wait.
+    pub(crate) fn fenced(&self) -> Option<Vec<(KeyspaceId, Epoch)>> {
+        let records = self.node.records.try_lock()?;
         let fence = |record: &KeyspaceRecord| resize::unfencing::fence_at(record, self.node.id);
-        records.values().filter_map(|record| Some((record.id, fence(record)?))).collect()
+        Some(records.values().filter_map(|record| Some((record.id, fence(record)?))).collect())
     }
 
     /// Changes when masters should hear what [`StoreHandle::shard_statuses`] says without waiting for the next report.

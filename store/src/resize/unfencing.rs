@@ -32,7 +32,7 @@ const FENCE_PATIENCE: Duration = Duration::from_secs(3);
 /// How often fences are looked for: a tenth of the patience.
 const LOOK_INTERVAL: Duration = Duration::from_millis(250);
 /// Before each attempt, drawn at random up to this: of two stores that see the same one is mostly done before the other begins.
-const PAUSE_MAX: Duration = Duration::from_millis(800);
+const PAUSE_MAX: Duration = Duration::from_millis(500);
 /// Rounds of questions in one attempt: the promise, what is adopted, what is changed, and as many again for a group that was found on the way.
 const ROUNDS_MAX: usize = 6;
 
@@ -101,7 +101,8 @@ impl Unfencing {
 
     /// The fences that are to be lifted now.
     fn look(&mut self, now: Instant) -> Vec<(KeyspaceId, Epoch)> {
-        let fenced: BTreeMap<KeyspaceId, Epoch> = self.handle.fenced().into_iter().collect();
+        let Some(fenced) = self.handle.fenced() else { return Vec::new() };
+        let fenced: BTreeMap<KeyspaceId, Epoch> = fenced.into_iter().collect();
         self.seen.retain(|keyspace, seen| fenced.get(keyspace) == Some(&seen.fence));
         for (keyspace, fence) in &fenced {
             self.seen.entry(*keyspace).or_insert_with(|| Seen { fence: *fence, due: now + FENCE_PATIENCE + pause() });

@@ -251,7 +251,11 @@ impl store_server::Store for Service {
             let known = known.iter().find(|known| known.keyspace_id == record.id.0);
             known.is_none_or(|known| known.epoch < record.epoch.0)
         };
-        let records = self.handle.records().iter().filter(|record| is_news(record)).map(Into::into).collect();
+        let handle = self.handle.clone();
+        // They may be locked while one of them is being followed.
+        let records = tokio::task::spawn_blocking(move || handle.records()).await;
+        let records = records.map_err(|panic| Status::internal(format!("reading records panicked: {panic}")))?;
+        let records = records.iter().filter(|record| is_news(record)).map(Into::into).collect();
         Ok(Response::new(RecordsResponse { records }))
     }
 }
