@@ -2,11 +2,12 @@
 
 use std::time::Duration;
 
+use redis_tests::eventually::eventually_within;
 use redis_tests::{Cluster, eventually, heavy};
 
 use super::company::{Company, Failures};
 use super::operation::End;
-use super::{KEYSPACE, ONE_COPY, Rounds, Safety, THREE_COPIES, Trial, make_primary, panics_of};
+use super::{KEYSPACE, ONE_COPY, RECOVERY_PATIENCE, Rounds, Safety, THREE_COPIES, Trial, make_primary, panics_of};
 
 /// Whose step it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -142,6 +143,11 @@ impl Trial {
 
     /// The keyspace has so many shards in the end, whatever has become of the first attempt.
     fn settle(&mut self, shards: usize, before: usize, end: &End) {
+        // Who ends at the last step of all may still be on its way out when the operation is done.
+        eventually_within(RECOVERY_PATIENCE, "nothing is left behind", || {
+            self.revive();
+            self.leftovers()
+        });
         self.wait_until_all_are_ready();
         match end {
             End::Done => self.wait_for_shards(shards),
@@ -171,8 +177,8 @@ fn die_at(trial: &mut Trial, newcomer: usize, (part, point): (Part, &str), direc
     // At its last step it may end a moment after that.
     trial.go_on();
     trial.revive();
-    let was_there = trial.panics > panics;
     trial.settle(shards, before, &end);
+    let was_there = trial.panics > panics;
     eprintln!("  {point}, {direction:?}: {end:?}{}", if was_there { "" } else { ", and nobody came by" });
     if !was_there {
         trial.start_with(process, &[]);
