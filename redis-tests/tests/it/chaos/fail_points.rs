@@ -186,9 +186,11 @@ fn die_at(trial: &mut Trial, newcomer: usize, (part, point): (Part, &str), direc
     was_there
 }
 
-/// What no process comes by: a shard that vanishes is deleted, not cleaned.
+/// What a process may not come by: a shard that vanishes is deleted, not cleaned; and where clients write to the target meanwhile, or copies
+/// follow it, no file is taken in.
 fn may_be_missed(point: &str, direction: Direction) -> bool {
-    direction == Direction::Shrinks && matches!(point, "source_before_clean" | "source_cleaned")
+    let points = ["source_before_clean", "source_cleaned", "target_before_ingest", "target_ingested"];
+    direction == Direction::Shrinks && points.contains(&point)
 }
 
 /// Two shards with their copies on three stores, and a fourth that has nothing: who plays which part is known.
