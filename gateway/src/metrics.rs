@@ -1,6 +1,5 @@
 //! Publishes the gateway's figures through the `metrics` crate, and takes the samples that INFO's rates need.
 
-use crate::operation::phase_word;
 use crate::shared::Shared;
 use crate::statistics::{Figures, LATENCY_BUCKETS, spec_of_row};
 use metrics::{Unit, counter, describe_counter, describe_gauge, gauge};
@@ -76,7 +75,7 @@ pub fn publish(shared: &Shared) {
     for phase in [Phase::Copy, Phase::Fence, Phase::Committed, Phase::Clean] {
         let operations = snapshot.keyspaces.iter().filter_map(KeyspaceRecord::active_operation);
         let count = operations.filter(|operation| operation.phase == phase).count();
-        gauge!("vasto_gateway_operations", "phase" => phase_word(phase)).set(count as f64);
+        gauge!("vasto_gateway_operations", "phase" => phase.word()).set(count as f64);
     }
     for (word, count) in crate::statistics::ERROR_WORDS.iter().zip(figures.errors) {
         if count > 0 {

@@ -14,18 +14,6 @@ pub enum Progress<'a> {
     Unknown(&'a str),
 }
 
-/// The word for a phase.
-pub fn phase_word(phase: Phase) -> &'static str {
-    match phase {
-        Phase::Copy => "copy",
-        Phase::Fence => "fence",
-        Phase::Committed => "committed",
-        Phase::Clean => "clean",
-        Phase::Done => "done",
-        Phase::Aborted => "aborted",
-    }
-}
-
 /// The word for a kind of operation.
 pub fn kind_word(kind: OperationKind) -> &'static str {
     match kind {
@@ -46,7 +34,7 @@ pub fn summary(record: &KeyspaceRecord) -> String {
         OperationKind::Resize { from, to } => format!("resize from {from} to {to} shards"),
         OperationKind::Replace { store, with } => format!("replace {store} with {}", successor(with)),
     };
-    format!("{what}: {}", phase_word(operation.phase))
+    format!("{what}: {}", operation.phase.word())
 }
 
 /// What the operation that goes on means for one shard, in a few words; empty = nothing.
@@ -172,7 +160,7 @@ pub fn write_status(reply: &mut ReplyWriter<'_>, record: &KeyspaceRecord, progre
             fields.text("to", &successor(with));
         }
     }
-    fields.text("phase", phase_word(operation.phase));
+    fields.text("phase", operation.phase.word());
     let status = match progress {
         Progress::Told(status) => Some(*status),
         Progress::Unknown(_) => None,

@@ -57,7 +57,7 @@ impl From<&Operation> for Doing {
 
 impl fmt::Display for Doing {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let phase = phase_name(self.phase);
+        let phase = self.phase.word();
         match self.kind {
             OperationKind::Resize { from, to } => {
                 write!(formatter, "resized from {from} to {to} shards (phase {phase})")
@@ -67,17 +67,6 @@ impl fmt::Display for Doing {
             }
             OperationKind::Replace { store, with: None } => write!(formatter, "moved away from store {store}"),
         }
-    }
-}
-
-pub fn phase_name(phase: Phase) -> &'static str {
-    match phase {
-        Phase::Copy => "copy",
-        Phase::Fence => "fence",
-        Phase::Committed => "committed",
-        Phase::Clean => "clean",
-        Phase::Done => "done",
-        Phase::Aborted => "aborted",
     }
 }
 

@@ -8,7 +8,7 @@ use super::replication::{self, Replicas, ShardCopies};
 use super::topology::automatic_failover;
 use super::{Ask, Context, Next, Round, ShardRequest};
 use crate::clients::unix_ms;
-use crate::operation::{kind_word, phase_word};
+use crate::operation::kind_word;
 use crate::process::{Memory, machine_memory};
 use crate::statistics::{ERROR_WORDS, spec_of_row};
 use std::fmt::{self, Write as _};
@@ -564,7 +564,7 @@ fn vasto(text: &mut Text, context: &Context<'_>, figures: &Figures, copies: &[(S
             );
             let _ = match record.active_operation() {
                 Some(operation) => {
-                    let (kind, phase) = (kind_word(operation.kind), phase_word(operation.phase));
+                    let (kind, phase) = (kind_word(operation.kind), operation.phase.word());
                     write!(text.0, ",operation={kind},phase={phase}")
                 }
                 None => write!(text.0, ",operation=none"),

@@ -43,6 +43,20 @@ pub enum Phase {
     Aborted,
 }
 
+impl Phase {
+    /// What people call it.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Copy => "copy",
+            Self::Fence => "fence",
+            Self::Committed => "committed",
+            Self::Clean => "clean",
+            Self::Done => "done",
+            Self::Aborted => "aborted",
+        }
+    }
+}
+
 impl Operation {
     pub fn is_active(&self) -> bool {
         !matches!(self.phase, Phase::Done | Phase::Aborted)
