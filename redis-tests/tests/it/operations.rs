@@ -175,3 +175,16 @@ fn the_tool_ends_as_what_it_was_asked_for() {
     assert_eq!(nobody.status.code(), Some(1));
     assert!(complained(&nobody).contains("cannot connect to 127.0.0.1:1"), "{nobody:?}");
 }
+
+#[test]
+fn a_server_with_one_store_is_resized() {
+    let server = Server::start();
+    let mut connection = server.connect();
+    for number in 0..1_000 {
+        connection.done(&["SET", &format!("key:{number}"), &number.to_string()]);
+    }
+    for shards in ["3", "2"] {
+        connection.done(&["KEYSPACE", "RESIZE", "0", "SHARDS", shards, "WATCH"]);
+        assert_eq!(connection.call(&["DBSIZE"]).integer(), Some(1_000));
+    }
+}

@@ -21,10 +21,7 @@ use crate::ready::{self, ReadyLine};
 use crate::stop::Stop;
 use crate::telemetry::Metrics;
 
-/// What stands in the topology in place of an address: nobody outside reaches the one store.
-const IN_PROCESS: &str = "in-process";
-
-/// Stores of one process speak with each other over sockets, of copies and leases; gateways do not use these.
+/// Stores of one process speak with each other over sockets, of copies, leases and slots that move; gateways do not use these.
 const SOCKET_WORKERS: usize = 1;
 
 const FOLDER_PREFIX: &str = "store-";
@@ -67,15 +64,12 @@ struct Stores<'h> {
     addresses: Vec<String>,
 }
 
-/// Where the stores reach each other, in their order. A single one has nobody to speak with.
+/// Where the stores reach each other, in their order. A single one speaks with itself, of slots that go from one of its shards to another.
 async fn open_sockets(
     opened: Vec<Store>,
     tasks: &TaskTracker,
     control: &CancellationToken,
 ) -> anyhow::Result<Vec<String>> {
-    if opened.len() == 1 {
-        return Ok(vec![IN_PROCESS.to_owned()]);
-    }
     let mut addresses = Vec::with_capacity(opened.len());
     for store in opened {
         let bound = store.bind().await.context("cannot listen on a port of 127.0.0.1 for a store")?;
@@ -241,7 +235,7 @@ mod tests {
         let (tasks, control) = (TaskTracker::new(), CancellationToken::new());
         for handle in &handles {
             let masters = vec![address.to_string()];
-            tasks.spawn(registration::run(handle.clone(), masters, IN_PROCESS.to_owned(), control.clone()));
+            tasks.spawn(registration::run(handle.clone(), masters, "in-process".to_owned(), control.clone()));
         }
         let mut topology = follow(vec![address.to_string()], &tasks, control.clone());
         let master = RunningMaster::start(address).await;
