@@ -18,6 +18,8 @@ RETURN_TIMEOUT_SECONDS = 60
 # Between two looks at a replica, so that looking is not what it does most.
 LOOK_PAUSE_SECONDS = 0.0005
 LOOK_TIMEOUT_SECONDS = 5
+# INFO counts keys, up to 100,000 a shard: asked more often it would be the load.
+TOLD_PAUSE_SECONDS = 1
 
 
 class Options:
@@ -199,7 +201,7 @@ def measure_load(options, cluster, copies, min_replicas):
 
         def collect():
             with Connection(cluster.address) as connection:
-                while not finished.wait(0.05):
+                while not finished.wait(TOLD_PAUSE_SECONDS):
                     lag = lag_told(connection)
                     if lag is not None:
                         told.append(lag)
