@@ -8,6 +8,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         .bytes(".vasto.Frame.packed")
         .bytes(".vasto.LogPart.batches")
         .bytes(".vasto.CopyPart.data")
+        .bytes(".vasto.MovedRows.packed")
         .compile_fds(descriptors)?;
     Ok(())
 }

@@ -2,6 +2,7 @@
 
 use super::garbage::{Factory, Garbage, Rules};
 use super::log_batch::Family;
+use super::moved_file::{self, MovedFile, MovedFiles};
 use super::tail::{Behind, Logged, Tail};
 use super::{Engine, EngineError, OldLogs, Tier, compact_all_options, compact_part_options, meta, synced_mark};
 use parking_lot::Mutex;
@@ -9,7 +10,7 @@ use rocksdb::checkpoint::Checkpoint;
 use rocksdb::properties;
 use rocksdb::{
     Cache, ColumnFamily, ColumnFamilyDescriptor, DB, DBPinnableSlice, DBRawIterator, ErrorKind,
-    IngestExternalFileOptions, Options, ReadOptions, ReadTier, SstFileWriter, WriteBatch, WriteOptions,
+    IngestExternalFileOptions, Options, ReadOptions, ReadTier, WriteBatch, WriteOptions,
 };
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
@@ -84,8 +85,6 @@ const READ_AHEAD_BYTES: usize = 256 << 10;
 const LOST_AFTER: Duration = Duration::from_secs(1);
 
 const LOG_EXTENSION: &str = "log";
-/// Of files in the database's folder that are about to be taken in.
-const MOVED_EXTENSION: &str = "moved";
 /// Where RocksDB puts logs that it needs no more, below the database's folder.
 const ARCHIVE: &str = "archive";
 /// A batch takes microseconds to be written; a turn that takes longer waits for a memtable.
@@ -361,49 +360,32 @@ impl Database {
         Ok(())
     }
 
-    /// Takes rows of `keys` in as one file, in the order of their keys and each key once; nobody may have written to any of them since
-    /// they were deleted last. They are on the disk when this returns, and in no log: no copy may follow, and none that follows later
-    /// may start before this. False, and nothing is taken, if memtables have keys between them: RocksDB would hold up all writers until those
+    /// Takes a file of rows into `keys`; nobody may have written to any of its keys since they were deleted last. They are in no log: no
+    /// copy may follow, and none that follows later may start before this. False, and nothing is taken, if memtables have keys between them: RocksDB would hold up all writers until those
     /// are written out, and for good if it forgets that ([`Database::asking_again`]).
-    pub fn ingest<'r>(&self, rows: impl Iterator<Item = (&'r [u8], &'r [u8])>) -> Result<bool, EngineError> {
+    pub fn ingest(&self, file: &MovedFile) -> Result<bool, EngineError> {
         assert!(!self.tail.is_on(), "copies that follow the log would never hear of these rows");
-        let path = self.db.path().join(format!("{:016x}.{MOVED_EXTENSION}", fastrand::u64(..)));
-        let taken = self.write_moved(&path, rows).and_then(|()| {
-            let mut options = IngestExternalFileOptions::default();
-            options.set_move_files(true);
-            options.set_allow_blocking_flush(false);
-            // The file takes a number of its own if older files or memtables overlap with it.
-            let mut jump = self.synced.jump.lock();
-            let before = self.sequence();
-            let ingested = self.db.ingest_external_file_cf_opts(self.family(KEYS), &options, vec![&path]);
-            let behind = self.sequence();
-            if behind > before {
-                *jump = (before, behind);
-            }
-            match ingested {
-                Ok(()) => Ok(true),
-                Err(error) if error.kind() == ErrorKind::InvalidArgument => Ok(false),
-                Err(error) => Err(error.into()),
-            }
-        });
-        if !matches!(taken, Ok(true)) {
-            // Else it has another name now. What cannot be removed goes with the next opening.
-            let _ = fs::remove_file(&path);
+        let mut options = IngestExternalFileOptions::default();
+        options.set_move_files(true);
+        options.set_allow_blocking_flush(false);
+        // The file takes a number of its own if older files or memtables overlap with it.
+        let mut jump = self.synced.jump.lock();
+        let before = self.sequence();
+        let ingested = self.db.ingest_external_file_cf_opts(self.family(KEYS), &options, vec![file.path()]);
+        let behind = self.sequence();
+        if behind > before {
+            *jump = (before, behind);
         }
-        taken
+        match ingested {
+            Ok(()) => Ok(true),
+            Err(error) if error.kind() == ErrorKind::InvalidArgument => Ok(false),
+            Err(error) => Err(error.into()),
+        }
     }
 
-    fn write_moved<'r>(
-        &self,
-        path: &Path,
-        rows: impl Iterator<Item = (&'r [u8], &'r [u8])>,
-    ) -> Result<(), EngineError> {
-        let mut writer = SstFileWriter::create(&self.moved_options);
-        writer.open(path)?;
-        for (key, row) in rows {
-            writer.put(key, row)?;
-        }
-        Ok(writer.finish()?)
+    /// How files for [`Database::ingest`] are written.
+    pub fn moved_files(&self) -> MovedFiles {
+        MovedFiles { options: self.moved_options.clone(), folder: self.db.path().to_owned() }
     }
 
     pub fn tail(&self) -> &Tail {
@@ -771,7 +753,7 @@ fn remove_moved(folder: &Path) -> Result<(), EngineError> {
     let remove = || -> io::Result<()> {
         for entry in fs::read_dir(folder)? {
             let path = entry?.path();
-            if path.extension().is_some_and(|extension| extension == MOVED_EXTENSION) {
+            if path.extension().is_some_and(|extension| extension == moved_file::EXTENSION) {
                 fs::remove_file(path)?;
             }
         }

@@ -8,6 +8,7 @@ pub mod garbage;
 pub mod log_batch;
 mod log_files;
 pub mod meta;
+pub mod moved_file;
 mod synced_mark;
 pub mod tail;
 #[cfg(test)]
@@ -70,6 +71,8 @@ const WRITE_BUFFERS_MIN: usize = 6;
 const LEVEL_0_FILES: i32 = 8;
 /// zstd's fastest ordinary level: half of the default's time for some per cent of space.
 const ZSTD_LEVEL: i32 = 1;
+/// Positive levels are LZ4HC to RocksDB, which takes several times as long.
+const LZ4_FAST_LEVEL: i32 = -1;
 /// A shard's log is cut when it is this long, by flushing the column families that hold it back.
 const LOG_BYTES_MAX: u64 = 256 << 20;
 /// RocksDB itself deletes archived logs beyond this, in its own time of ten minutes: never before we do.
@@ -157,6 +160,7 @@ impl Engine {
         let mut moved_options = keys_options.clone();
         // They are written while clients wait for the same cores; compaction comes to the rest.
         moved_options.set_bottommost_compression_type(lz4);
+        moved_options.set_bottommost_compression_options(-14, LZ4_FAST_LEVEL, 0, 0, true);
 
         let write_buffer_bytes = config.memory.write_buffer_bytes;
         Ok(Self {

@@ -35,6 +35,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 use tokio::runtime::{Builder, Handle, Runtime};
 use tokio::sync::watch;
+use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use vasto_proto::id::{ClusterId, Epoch, StoreId};
@@ -47,6 +48,9 @@ const LOG_BYTES_MAX: u64 = 256 << 20;
 const LOG_BYTES_COPYING_MAX: u64 = 4 << 30;
 /// How long an answer waits for replicas.
 const COPIES_PATIENCE: Duration = Duration::from_secs(5);
+/// How nice threads are that move rows: where cores are scarce they get a tenth of what another thread gets.
+#[cfg(target_os = "linux")]
+const ASIDE_NICE: i32 = 10;
 /// How often answers are looked after, and, in seconds, the rest.
 const ROUND: Duration = Duration::from_millis(200);
 const ROUNDS_A_SECOND: u32 = 5;
@@ -59,6 +63,8 @@ pub struct Replicator {
     cluster: AtomicU64,
     peers: watch::Receiver<Arc<Peers>>,
     handle: Handle,
+    /// Of threads that come behind all others.
+    aside: Handle,
     tasks: TaskTracker,
     stop: CancellationToken,
     /// Within this the copies of each shard are compared once; zero = only when somebody asks.
@@ -67,8 +73,8 @@ pub struct Replicator {
     news: watch::Sender<u64>,
     /// Held by whoever rewrites files of a shard after slots have left it.
     pub compacting: tokio::sync::Mutex<()>,
-    /// Until its thread takes it.
-    runtime: Mutex<Option<Runtime>>,
+    /// What `handle` and `aside` are of, until its thread takes them.
+    runtimes: Mutex<Option<[Runtime; 2]>>,
 }
 
 impl Replicator {
@@ -81,18 +87,21 @@ impl Replicator {
     ) -> io::Result<Self> {
         // Its blocking threads apply and read.
         let runtime = Builder::new_current_thread().enable_all().thread_name("store-copies").build()?;
+        // Of this one there are blocking threads only.
+        let aside = Builder::new_current_thread().thread_name("store-moves").on_thread_start(step_back).build()?;
         Ok(Self {
             store,
             shards: data.join("shards"),
             cluster: AtomicU64::new(cluster.0),
             peers,
             handle: runtime.handle().clone(),
+            aside: aside.handle().clone(),
             tasks: TaskTracker::new(),
             stop: CancellationToken::new(),
             verify_interval,
             news: watch::Sender::new(0),
             compacting: tokio::sync::Mutex::default(),
-            runtime: Mutex::new(Some(runtime)),
+            runtimes: Mutex::new(Some([runtime, aside])),
         })
     }
 
@@ -135,6 +144,11 @@ impl Replicator {
         self.tasks.spawn_blocking_on(work, &self.handle);
     }
 
+    /// Runs what may take its time on a thread that gets what those that serve leave of the cores. It takes no lock that they wait for.
+    pub fn spawn_aside<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> JoinHandle<T> {
+        self.tasks.spawn_blocking_on(work, &self.aside)
+    }
+
     /// Lets all tasks and the thread end.
     pub fn stop(&self) {
         self.stop.cancel();
@@ -142,13 +156,21 @@ impl Replicator {
 
     /// The loop of the thread; ends when the store stops.
     pub fn run(core: &Arc<Core>) {
-        let Some(runtime) = core.replicator.runtime.lock().take() else { return };
+        let Some([runtime, _aside]) = core.replicator.runtimes.lock().take() else { return };
         runtime.block_on(async {
             let tending = async { tokio::join!(tend(core), comparison::compare_in_turn(core)) };
             core.replicator.stop.run_until_cancelled(tending).await;
             core.replicator.tasks.close();
             core.replicator.tasks.wait().await;
         });
+    }
+}
+
+/// Lets the calling thread come behind those that serve.
+fn step_back() {
+    #[cfg(target_os = "linux")]
+    if let Err(error) = rustix::process::setpriority_process(None, ASIDE_NICE) {
+        tracing::debug!(%error, "cannot lower the priority of a thread");
     }
 }
 

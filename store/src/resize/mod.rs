@@ -2,6 +2,7 @@
 
 pub mod changes;
 pub mod cleaning;
+mod groups;
 pub mod incoming;
 mod moved_rows;
 pub mod note;

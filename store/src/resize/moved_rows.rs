@@ -11,9 +11,6 @@ const MORE: u32 = 1 << 31;
 /// A message has about a megabyte; this bounds what a header may promise.
 const UNPACKED_BYTES_MAX: u32 = 1 << 30;
 
-/// A physical key and its row.
-pub type Row = (Vec<u8>, Vec<u8>);
-
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 pub enum MovedRowsError {
     #[error("the source has sent what are no rows")]
@@ -25,47 +22,54 @@ pub enum MovedRowsError {
 }
 
 /// Puts pieces together, from message to message of one kind.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Unpacker {
-    unfinished: Option<Row>,
+    /// The physical key, and what has come of the row.
+    unfinished: Option<(Vec<u8>, Vec<u8>)>,
 }
 
 impl Unpacker {
-    /// The rows that are whole with this message.
-    pub fn take(&mut self, message: &MovedRows, slots: &SlotSet) -> Result<Vec<Row>, MovedRowsError> {
+    /// Hands over the rows that are whole with this message: physical key and row.
+    pub fn take<E: From<MovedRowsError>>(
+        &mut self,
+        message: &MovedRows,
+        slots: &SlotSet,
+        mut each: impl FnMut(&[u8], &[u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
         let unpacked = if message.unpacked_bytes == 0 {
             Cow::Borrowed(&message.packed[..])
         } else {
             if message.unpacked_bytes > UNPACKED_BYTES_MAX {
-                return Err(MovedRowsError::Malformed);
+                return Err(MovedRowsError::Malformed.into());
             }
             let unpacked = lz4_flex::block::decompress(&message.packed, message.unpacked_bytes as usize);
             Cow::Owned(unpacked.map_err(|_| MovedRowsError::Malformed)?)
         };
         let mut rest = &*unpacked;
-        let mut rows = Vec::new();
         while !rest.is_empty() {
             let key_length = number(&mut rest)?;
             let piece_length = number(&mut rest)?;
             let key = bytes(&mut rest, key_length)?;
             let piece = bytes(&mut rest, piece_length & !MORE)?;
-            let mut row = match self.unfinished.take() {
-                Some((begun, row)) if begun == key => row,
-                Some(_) => return Err(MovedRowsError::Malformed),
-                None => Vec::with_capacity(piece.len()),
-            };
-            row.extend_from_slice(piece);
-            if piece_length & MORE != 0 {
-                self.unfinished = Some((key.to_vec(), row));
-                continue;
-            }
             let slot = key.first_chunk().map(|slot| u16::from_be_bytes(*slot)).ok_or(MovedRowsError::Malformed)?;
             if !slots.contains(slot) {
-                return Err(MovedRowsError::Slot(slot));
+                return Err(MovedRowsError::Slot(slot).into());
             }
-            rows.push((key.to_vec(), row));
+            let row = match self.unfinished.take() {
+                Some((begun, _)) if begun != key => return Err(MovedRowsError::Malformed.into()),
+                Some((_, mut row)) => {
+                    row.extend_from_slice(piece);
+                    Cow::Owned(row)
+                }
+                None => Cow::Borrowed(piece),
+            };
+            if piece_length & MORE == 0 {
+                each(key, &row)?;
+            } else {
+                self.unfinished = Some((key.to_vec(), row.into_owned()));
+            }
         }
-        Ok(rows)
+        Ok(())
     }
 
     /// Whether a row is yet to be completed.
@@ -87,11 +91,11 @@ fn bytes<'r>(rest: &mut &'r [u8], length: u32) -> Result<&'r [u8], MovedRowsErro
 }
 
 /// The row with an event time above that of the last flush here. It is alive where it comes from, which was flushed at another time by
-/// another clock; here it would be dead. Returns the event time that it has then.
-pub fn above_flush(row: &mut Vec<u8>, flush_ns: u64) -> Result<u64, MovedRowsError> {
+/// another clock; here it would be dead. Returns the event time that it has then too.
+pub fn above_flush(row: &[u8], flush_ns: u64) -> Result<(Cow<'_, [u8]>, u64), MovedRowsError> {
     let (mut header, payload) = Header::decode(row).map_err(|_| MovedRowsError::Malformed)?;
     if header.stamp.ns > flush_ns {
-        return Ok(header.stamp.ns);
+        return Ok((Cow::Borrowed(row), header.stamp.ns));
     }
     // When it was written stays what it was: that decides how long a tombstone is kept.
     if header.written_at_ns == 0 {
@@ -101,8 +105,7 @@ pub fn above_flush(row: &mut Vec<u8>, flush_ns: u64) -> Result<u64, MovedRowsErr
     let mut lifted = Vec::with_capacity(header.encoded_bytes() + payload.len());
     header.encode_into(&mut lifted);
     lifted.extend_from_slice(payload);
-    *row = lifted;
-    Ok(header.stamp.ns)
+    Ok((Cow::Owned(lifted), header.stamp.ns))
 }
 
 #[cfg(test)]
@@ -119,7 +122,19 @@ mod tests {
     }
 
     fn message(packed: Vec<u8>) -> MovedRows {
-        MovedRows { packed, unpacked_bytes: 0, rows: 0 }
+        MovedRows { packed: packed.into(), ..MovedRows::default() }
+    }
+
+    type Rows = Vec<(Vec<u8>, Vec<u8>)>;
+
+    /// The rows that are whole with a message.
+    fn take(unpacker: &mut Unpacker, message: &MovedRows, slots: &SlotSet) -> Result<Rows, MovedRowsError> {
+        let mut rows = Rows::new();
+        unpacker.take(message, slots, |key, row| {
+            rows.push((key.to_vec(), row.to_vec()));
+            Ok::<_, MovedRowsError>(())
+        })?;
+        Ok(rows)
     }
 
     #[test]
@@ -129,23 +144,23 @@ mod tests {
         let mut first = Vec::new();
         piece(&mut first, &[0, 1, b'a'], b"one", 0);
         piece(&mut first, &[0, 2, b'b'], b"tw", MORE);
-        let rows = unpacker.take(&message(first.clone()), &slots).unwrap();
+        let rows = take(&mut unpacker, &message(first.clone()), &slots).unwrap();
         assert_eq!(rows, [(vec![0, 1, b'a'], b"one".to_vec())]);
         assert!(unpacker.is_in_a_row());
         let mut second = Vec::new();
         piece(&mut second, &[0, 2, b'b'], b"o", 0);
-        let packed = lz4_flex::block::compress(&second);
-        let second = MovedRows { packed, unpacked_bytes: second.len() as u32, rows: 1 };
-        assert_eq!(unpacker.take(&second, &slots).unwrap(), [(vec![0, 2, b'b'], b"two".to_vec())]);
+        let unpacked_bytes = second.len() as u32;
+        let second = MovedRows { unpacked_bytes, ..message(lz4_flex::block::compress(&second)) };
+        assert_eq!(take(&mut unpacker, &second, &slots).unwrap(), [(vec![0, 2, b'b'], b"two".to_vec())]);
         assert!(!unpacker.is_in_a_row());
 
         let mut other = Vec::new();
         piece(&mut other, &[0, 3, b'c'], b"three", 0);
-        assert_eq!(unpacker.take(&message(other), &slots), Err(MovedRowsError::Slot(3)));
-        unpacker.take(&message(first), &slots).unwrap();
+        assert_eq!(take(&mut unpacker, &message(other), &slots), Err(MovedRowsError::Slot(3)));
+        take(&mut unpacker, &message(first), &slots).unwrap();
         let mut another_key = Vec::new();
         piece(&mut another_key, &[0, 2, b'c'], b"o", 0);
-        assert_eq!(unpacker.take(&message(another_key), &slots), Err(MovedRowsError::Malformed));
+        assert_eq!(take(&mut unpacker, &message(another_key), &slots), Err(MovedRowsError::Malformed));
     }
 
     #[test]
@@ -156,21 +171,20 @@ mod tests {
         let mut row = Vec::new();
         header.encode_into(&mut row);
         row.extend_from_slice(b"value");
-        let before = row.clone();
-        assert_eq!(above_flush(&mut row, 49), Ok(50));
-        assert_eq!(row, before);
-        assert_eq!(above_flush(&mut row, 80), Ok(81));
+        assert_eq!(above_flush(&row, 49), Ok((Cow::Borrowed(&row[..]), 50)));
+        let (row, stamp_ns) = above_flush(&row, 80).unwrap();
+        assert_eq!(stamp_ns, 81);
         let (lifted, payload) = Header::decode(&row).unwrap();
         assert_eq!((lifted.stamp, lifted.written_ns(), payload), (Stamp { ns: 81, ..stamp }, 50, &b"value"[..]));
         assert_eq!(Header { stamp, written_at_ns: 0, ..lifted }, header);
-        assert_eq!(above_flush(&mut b"no row".to_vec(), 80), Err(MovedRowsError::Malformed));
+        assert_eq!(above_flush(b"no row", 80), Err(MovedRowsError::Malformed));
     }
 
     proptest! {
         #[test]
         fn whatever_comes_is_read_or_refused(packed in prop::collection::vec(any::<u8>(), 0..200), unpacked_bytes in 0..300u32) {
-            let message = MovedRows { packed, unpacked_bytes, rows: 0 };
-            let _ = Unpacker::default().take(&message, &SlotSet::default().complement());
+            let message = MovedRows { unpacked_bytes, ..message(packed) };
+            let _ = take(&mut Unpacker::default(), &message, &SlotSet::default().complement());
         }
     }
 }

@@ -12,6 +12,8 @@ const SLOW_MORE_NS: u64 = 100_000;
 const DOWN: f64 = 0.8;
 const UP: f64 = 1.05;
 const SHARE_MIN: f64 = 0.125;
+/// A second of a low rate is cut into so many steps.
+const STEPS_A_SECOND: u64 = 10;
 /// What one measured batch weighs in the means.
 const NOW_WEIGHT: u64 = 16;
 const BEFORE_WEIGHT: u64 = 128;
@@ -80,6 +82,12 @@ impl Pace {
         before > 0 && now > SLOW_TIMES * before && now > before + SLOW_MORE_NS
     }
 
+    /// What may be sent at once, of so many bytes at most, if the rate is to be kept over short times too.
+    pub fn step_bytes(&self, bytes_max: usize) -> usize {
+        let steps = usize::try_from(self.bytes_per_second / STEPS_A_SECOND).unwrap_or(usize::MAX);
+        if self.bytes_per_second == 0 { bytes_max } else { steps.min(bytes_max) }
+    }
+
     /// How long to wait before so many bytes more are sent.
     pub fn wait_for(&self, bytes: usize) -> Duration {
         if self.bytes_per_second == 0 {
@@ -136,5 +144,9 @@ mod tests {
         assert_eq!(pace.share(), 1.0, "when nobody sends anything it rises again");
         drop(moving);
         assert_eq!(Pace::new(0).wait_for(usize::MAX), Duration::ZERO);
+        assert_eq!(
+            (Pace::new(0).step_bytes(500_000), pace.step_bytes(500_000), pace.step_bytes(50_000)),
+            (500_000, 100_000, 50_000)
+        );
     }
 }

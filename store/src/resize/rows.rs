@@ -16,6 +16,7 @@ const UNCOMPRESSED_MESSAGES: u32 = 16;
 pub struct Packer {
     packed: Vec<u8>,
     rows: u32,
+    bytes: u64,
     /// So many messages more are not worth a try.
     skips: u32,
 }
@@ -23,12 +24,16 @@ pub struct Packer {
 impl Packer {
     /// Adds a row, or a piece of one; gives a message that is full.
     pub fn add(&mut self, key: &[u8], piece: &[u8], goes_on: bool) -> Option<MovedRows> {
+        if self.packed.capacity() == 0 {
+            self.packed.reserve(MESSAGE_BYTES + MESSAGE_BYTES / 16);
+        }
         let length = piece.len() as u32 | if goes_on { GOES_ON } else { 0 };
         self.packed.extend_from_slice(&(key.len() as u32).to_le_bytes());
         self.packed.extend_from_slice(&length.to_le_bytes());
         self.packed.extend_from_slice(key);
         self.packed.extend_from_slice(piece);
         self.rows += u32::from(!goes_on);
+        self.bytes += (piece.len() + if goes_on { 0 } else { key.len() }) as u64;
         if self.packed.len() >= MESSAGE_BYTES { self.finish() } else { None }
     }
 
@@ -38,16 +43,16 @@ impl Packer {
             return None;
         }
         let packed = std::mem::take(&mut self.packed);
-        let rows = std::mem::take(&mut self.rows);
+        let (rows, bytes) = (std::mem::take(&mut self.rows), std::mem::take(&mut self.bytes));
         self.skips = self.skips.saturating_sub(1);
         if self.skips == 0 {
             let compressed = lz4_flex::block::compress(&packed);
             if compressed.len() * PAYS_BELOW.1 < packed.len() * PAYS_BELOW.0 {
-                return Some(MovedRows { packed: compressed, unpacked_bytes: packed.len() as u32, rows });
+                return Some(MovedRows { packed: compressed.into(), unpacked_bytes: packed.len() as u32, rows, bytes });
             }
             self.skips = UNCOMPRESSED_MESSAGES;
         }
-        Some(MovedRows { packed, unpacked_bytes: 0, rows })
+        Some(MovedRows { packed: packed.into(), unpacked_bytes: 0, rows, bytes })
     }
 }
 
@@ -99,6 +104,9 @@ pub mod tests {
         assert!(messages.iter().any(|message| message.unpacked_bytes > 0 && message.packed.len() < MESSAGE_BYTES / 4));
         let ended = rows.iter().filter(|(_, _, goes_on)| !goes_on).count();
         assert_eq!(messages.iter().map(|message| message.rows as usize).sum::<usize>(), ended);
+        let bytes = |(key, row, goes_on): &Piece| row.len() + if *goes_on { 0 } else { key.len() };
+        let bytes: usize = rows.iter().map(bytes).sum();
+        assert_eq!(messages.iter().map(|message| message.bytes as usize).sum::<usize>(), bytes);
         let unpacked: Vec<Piece> = messages.iter().flat_map(unpack).collect();
         assert!(unpacked == rows);
     }

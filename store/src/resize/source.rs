@@ -22,6 +22,8 @@ use vasto_proto::row::{Header, RowKind, Stamp};
 const GROUP_BYTES: u64 = 32 << 20;
 /// Rows that are read at once, between two looks at everything else.
 const STEP_BYTES: usize = 2 << 20;
+/// What a small row counts as against the rate: it takes as much of the CPU.
+const PACED_ROW_BYTES_MIN: usize = 256;
 /// Changed rows that are looked up at once.
 const CHANGED_KEYS: usize = 16;
 /// How often the target hears how much there is to come.
@@ -73,6 +75,8 @@ struct Giver {
     taken_sent: usize,
     rest: Option<Rest>,
     packer: Packer,
+    /// Slots of which all rows have been sent, and of which changes may follow now.
+    to_close: Range<usize>,
     /// The fence that the target has heard of.
     ended: Option<Epoch>,
 }
@@ -94,8 +98,8 @@ struct Rest {
 
 /// What came of a step.
 enum Step {
-    /// Messages with so many bytes of rows; those that are copied must keep to the rate.
-    Send { messages: Vec<Kind>, copied_bytes: usize },
+    /// Messages; rows that are copied must keep to the rate, of which they take so many bytes.
+    Send { messages: Vec<Kind>, paced_bytes: usize },
     /// Nothing is to be sent now.
     Wait { is_fenced: bool },
 }
@@ -145,7 +149,7 @@ impl Giving {
             ownership: ownership.clone(),
             slots: given.slots.iter().collect(),
             bytes: Vec::new(),
-            step_bytes: (STEPS_BYTES_MAX / outgoing.moves.len()).clamp(MESSAGE_BYTES, STEP_BYTES),
+            step_bytes: core.pace.step_bytes(STEPS_BYTES_MAX / outgoing.moves.len()).clamp(MESSAGE_BYTES, STEP_BYTES),
             turn: Turn::Start,
             copying: 0..0,
             reading: 0,
@@ -155,6 +159,7 @@ impl Giving {
             taken_sent: 0,
             rest: None,
             packer: Packer::default(),
+            to_close: 0..0,
             ended: None,
         };
         tracing::info!(shard = %key, %target, slots = giver.slots.len(), store = open.store_id, "gives slots away");
@@ -180,14 +185,14 @@ impl Giving {
         let mut told = Instant::now();
         loop {
             match self.step().await? {
-                Step::Send { messages, copied_bytes } => {
+                Step::Send { messages, paced_bytes } => {
                     for kind in messages {
                         self.send(outgoing, kind).await?;
                     }
                     let mut until = Instant::now();
                     // Changes wait for nobody, and writes that are refused for what is not copied yet do not wait for a rate.
-                    if copied_bytes > 0 && !self.outbox.is_full() {
-                        until += self.core.pace.wait_for(copied_bytes);
+                    if paced_bytes > 0 && !self.outbox.is_full() {
+                        until += self.core.pace.wait_for(paced_bytes);
                     }
                     while let Some(wait) = until.checked_duration_since(Instant::now()).filter(|wait| !wait.is_zero()) {
                         self.tell(outgoing, &mut told).await?;
@@ -216,14 +221,16 @@ impl Giving {
         }
     }
 
-    /// Does what comes next, on a thread that may wait for the disk.
+    /// Does what comes next, on a thread that may wait for the disk; what somebody waits for does not come behind what clients want.
     async fn step(&mut self) -> Result<Step, String> {
         let shard = self.shard.upgrade().ok_or("the shard is being closed")?;
         let (core, mut giver) = (Arc::clone(&self.core), self.giver.take().ok_or("an earlier step was given up")?);
-        let done = tokio::task::spawn_blocking(move || {
+        let may_wait = giver.turn == Turn::Copy && !self.outbox.is_full();
+        let step = move || {
             let step = giver.step(&core, &shard);
             (giver, step)
-        });
+        };
+        let done = if may_wait { self.core.replicator.spawn_aside(step) } else { tokio::task::spawn_blocking(step) };
         let (giver, step) = done.await.map_err(|error| format!("giving slots away panicked: {error}"))?;
         self.giver = Some(giver);
         step
@@ -306,6 +313,7 @@ impl Giver {
         (self.copying, self.reading, self.group_bytes) = (0..0, 0, 0);
         (self.taken, self.taken_sent, self.rest) = (Taken::default(), 0, None);
         self.packer = Packer::default();
+        self.to_close = 0..0;
         self.ended = None;
     }
 
@@ -318,7 +326,7 @@ impl Giver {
         self.bytes = shard.database.bytes_between(&self.slots.iter().map(range).collect::<Vec<_>>());
         let start = pb::MoveStart { slots: self.slots.len() as u32, bytes_expected: self.bytes.iter().sum() };
         self.turn = Turn::Copy;
-        Step::Send { messages: vec![Kind::Start(start)], copied_bytes: 0 }
+        Step::Send { messages: vec![Kind::Start(start)], paced_bytes: 0 }
     }
 
     /// Reads on in the open group, or opens one.
@@ -340,7 +348,7 @@ impl Giver {
         let mut walk = shard.database.walk_apart();
         // Whoever flushes meanwhile lets the move begin anew.
         let flush_ns = shard.flush_ns();
-        let (mut messages, mut bytes, mut rows, mut is_complete) = (Vec::new(), 0, 0, false);
+        let (mut messages, mut bytes, mut paced_bytes, mut rows, mut is_complete) = (Vec::new(), 0, 0, 0, false);
         walk.seek(&self.place);
         while bytes < self.step_bytes && self.group_bytes < GROUP_BYTES {
             let Some((key, row)) = walk.key().zip(walk.value()) else {
@@ -374,8 +382,9 @@ impl Giver {
                     core.counters.moved(rows, bytes as u64);
                     self.rest = Some(Rest { key, row, sent: 0 });
                     messages.extend(self.packer.finish().map(Kind::Copied));
-                    return Ok(Step::Send { messages, copied_bytes: bytes });
+                    return Ok(Step::Send { messages, paced_bytes });
                 }
+                paced_bytes += length.max(PACED_ROW_BYTES_MIN);
                 add(&mut self.packer, key, row, &mut |full| messages.push(Kind::Copied(full)));
             }
             self.place.clear();
@@ -389,7 +398,7 @@ impl Giver {
         if is_complete || self.group_bytes >= GROUP_BYTES {
             let complete = if is_complete { self.copying.end } else { self.reading };
             messages.push(Kind::GroupEnd(pb::MoveGroupEnd { slots_complete: complete as u32 }));
-            self.outbox.close(&self.slots[self.copying.start..complete]);
+            self.to_close = self.copying.start..complete;
             self.copying.start = complete;
             self.group_bytes = 0;
             self.turn = Turn::Changes;
@@ -397,7 +406,7 @@ impl Giver {
                 fail::fail_point!("resize::source_copied");
             }
         }
-        Ok(Step::Send { messages, copied_bytes: bytes })
+        Ok(Step::Send { messages, paced_bytes })
     }
 
     /// Sends rows that have changed; says that this is the end if a fence stands of which the target has not heard, and there are none.
@@ -408,6 +417,9 @@ impl Giver {
         is_fenced: bool,
         fence: Option<Epoch>,
     ) -> Result<Step, EngineError> {
+        if !self.to_close.is_empty() {
+            self.outbox.close(&self.slots[std::mem::take(&mut self.to_close)]);
+        }
         if self.taken_sent == self.taken.keys.len() {
             (self.taken, self.taken_sent) = (self.outbox.take(), 0);
         }
@@ -415,7 +427,7 @@ impl Giver {
             self.taken.since = None;
             if !self.is_copied() {
                 self.turn = Turn::Copy;
-                return self.copy(core, shard);
+                return Ok(Step::Send { messages: Vec::new(), paced_bytes: 0 });
             }
             let Some(fence) = fence else { return Ok(Step::Wait { is_fenced }) };
             self.ended = Some(fence);
@@ -425,7 +437,7 @@ impl Giver {
                 stamps_above_ns: shard.stamps.time_ns(0),
                 dropped_ns: garbage.dropped_ns().max(garbage.flush_ns()),
             };
-            return Ok(Step::Send { messages: vec![Kind::End(end)], copied_bytes: 0 });
+            return Ok(Step::Send { messages: vec![Kind::End(end)], paced_bytes: 0 });
         }
         // Another end must follow.
         self.ended = None;
@@ -457,7 +469,7 @@ impl Giver {
             self.taken = Taken::default();
             self.taken_sent = 0;
         }
-        Ok(Step::Send { messages, copied_bytes: 0 })
+        Ok(Step::Send { messages, paced_bytes: 0 })
     }
 
     /// Sends more of a large row.
@@ -472,11 +484,11 @@ impl Giver {
             messages.extend(self.packer.add(&rest.key, piece, rest.sent < rest.row.len()).map(wrap));
         }
         messages.extend(self.packer.finish().map(wrap));
-        let copied_bytes = if self.is_being_copied() { bytes } else { 0 };
+        let paced_bytes = if self.is_being_copied() { bytes } else { 0 };
         if rest.sent < rest.row.len() {
             self.rest = Some(rest);
         }
-        Step::Send { messages, copied_bytes }
+        Step::Send { messages, paced_bytes }
     }
 
     /// Whether the rest of a row belongs to the open group.

@@ -3,8 +3,9 @@
 //! Rows of the first round come in groups. As long as no copy follows the shard's log, a group is written to a file and taken in as it is;
 //! else, as everything that changes later, as batches of the log. A move that breaks off begins anew, with what had come deleted.
 
+use super::groups::{Group, Reader, Written};
 use super::incoming::{Ending, Task};
-use super::moved_rows::{Row, Unpacker, above_flush};
+use crate::engine::moved_file::MovedFile;
 use crate::engine::{EngineError, Tier, meta};
 use crate::replication::{MoveLink, NotOpen};
 use crate::shard::Shard;
@@ -23,10 +24,9 @@ const PAUSE_MIN: Duration = Duration::from_millis(50);
 const PAUSE_MAX: Duration = Duration::from_secs(1);
 /// Between looks whether this shard serves, or its copies have everything: a fence waits for the latter.
 const LOOK: Duration = Duration::from_millis(5);
-/// Rows are taken in as a file if memtables have nothing between them: where clients write meanwhile, that will not be so a third time.
-const INGEST_TRIES: u32 = 2;
-/// Bytes of rows in one batch of the log: copies apply it at once, and what clients write waits for its turn.
-const BATCH_BYTES: usize = 1 << 20;
+/// A file is taken in if memtables have nothing between its rows. Where clients write meanwhile they always have, even when they were
+/// written out just now, and after so many files that were for nothing no more are written.
+const REFUSED_FILES_MAX: u32 = 2;
 
 /// The slots that come from one other shard.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -123,7 +123,7 @@ pub fn check_committed(shard: &Shard, record: &KeyspaceRecord, layout: &Layout) 
 
 /// Why a move does not go on.
 #[derive(Debug, Error)]
-enum TakeError {
+pub enum TakeError {
     #[error("this shard does not serve here at this epoch")]
     NotServing,
     /// What has come may be committed at this moment.
@@ -155,13 +155,12 @@ struct Run {
     flush_ns: u64,
     slots: u32,
     slots_complete: u32,
-    /// Rows of the open group.
-    group: Vec<Row>,
-    last_key: Vec<u8>,
-    copied: Unpacker,
-    changed: Unpacker,
-    /// The largest event time of all rows that have come.
-    largest_ns: u64,
+    /// The open group, if it goes into a file.
+    group: Option<Group>,
+    /// Files that were not taken in.
+    refused_files: u32,
+    copied: Reader,
+    changed: Reader,
 }
 
 struct Mover {
@@ -316,11 +315,10 @@ impl Mover {
             flush_ns,
             slots: start.slots,
             slots_complete: 0,
-            group: Vec::new(),
-            last_key: Vec::new(),
-            copied: Unpacker::default(),
-            changed: Unpacker::default(),
-            largest_ns: 0,
+            group: None,
+            refused_files: 0,
+            copied: Reader::in_order(),
+            changed: Reader::default(),
         })
     }
 
@@ -328,61 +326,40 @@ impl Mover {
         match message {
             Kind::Start(_) => Err("a move begins twice at once".to_owned()),
             Kind::Copied(rows) => {
-                let packed = self.blocking(move |core, shard, taking| {
-                    let rows = run.copied.take(&rows, &taking.slots)?;
-                    let bytes: usize = rows.iter().map(|(key, row)| key.len() + row.len()).sum();
-                    let count = rows.len();
-                    for (key, mut row) in rows {
-                        if key <= run.last_key {
-                            return Err(super::moved_rows::MovedRowsError::Order.into());
-                        }
-                        run.largest_ns = run.largest_ns.max(above_flush(&mut row, run.flush_ns)?);
-                        run.last_key.clone_from(&key);
-                        run.group.push((key, row));
-                    }
-                    // Copies that follow the log are not made to wait for the end of the group.
-                    if shard.database.tail().is_on() {
-                        write(shard, taking, run.flush_ns, &std::mem::take(&mut run.group))?;
-                        write_out_if_needed(core);
-                    }
-                    Ok((run, bytes, count))
-                });
-                let (run, bytes, count) = packed.await?;
+                let (count, bytes) = (u64::from(rows.rows), rows.bytes);
+                let run = self.take_copied(run, rows).await?;
                 self.note_status(|status| {
-                    status.rows_copied += count as u64;
-                    status.bytes_copied += bytes as u64;
+                    status.rows_copied += count;
+                    status.bytes_copied += bytes;
                 });
                 Ok(run)
             }
             Kind::GroupEnd(end) => {
-                let shard = self.shard()?;
-                // Beside a compaction that somebody waits for RocksDB takes nothing in.
-                let _turn = shard.takes.files.lock().await;
-                let mut run = self
-                    .blocking(move |core, shard, taking| {
-                        let rows = std::mem::take(&mut run.group);
-                        take_in(core, shard, taking, run.flush_ns, &rows)?;
+                if let Some(group) = run.group.take() {
+                    let written = group.end().await?;
+                    let shard = self.shard()?;
+                    // Beside a compaction that somebody waits for RocksDB takes nothing in.
+                    let _turn = shard.takes.files.lock().await;
+                    let take_in = move |core: &Core, shard: &Shard, taking: &Taking| {
+                        take_in(core, shard, taking, &mut run, written)?;
                         Ok(run)
-                    })
-                    .await?;
+                    };
+                    run = self.blocking(take_in).await?;
+                }
                 run.slots_complete = end.slots_complete;
                 self.note_status(|status| status.slots_copied = end.slots_complete);
                 Ok(run)
             }
             Kind::Changed(rows) => {
+                let count = u64::from(rows.rows);
                 let changed = self.blocking(move |core, shard, taking| {
-                    let mut rows = run.changed.take(&rows, &taking.slots)?;
-                    for (_, row) in &mut rows {
-                        run.largest_ns = run.largest_ns.max(above_flush(row, run.flush_ns)?);
-                    }
-                    write(shard, taking, run.flush_ns, &rows)?;
-                    write_out_if_needed(core);
+                    write(core, shard, taking, run.flush_ns, &mut run.changed, &rows)?;
                     fail::fail_point!("resize::target_changed");
-                    Ok((run, rows.len()))
+                    Ok(run)
                 });
-                let (run, count) = changed.await?;
+                let run = changed.await?;
                 self.note_status(|status| {
-                    status.changes_applied += count as u64;
+                    status.changes_applied += count;
                     // The fence was lifted.
                     if matches!(status.stage, MoveStage::Drained { .. }) {
                         status.stage = MoveStage::Follows;
@@ -391,7 +368,7 @@ impl Mover {
                 Ok(run)
             }
             Kind::Progress(progress) => {
-                let is_copied = run.slots_complete >= run.slots && run.group.is_empty();
+                let is_copied = run.slots_complete >= run.slots && run.group.is_none();
                 self.note_status(|status| {
                     (status.behind_keys, status.behind_ms) = (progress.behind_keys, progress.behind_ms);
                     if is_copied && status.stage == MoveStage::Copies {
@@ -403,7 +380,7 @@ impl Mover {
                 Ok(run)
             }
             Kind::End(end) => {
-                if run.copied.is_in_a_row() || run.changed.is_in_a_row() || !run.group.is_empty() {
+                if run.copied.is_in_a_row() || run.changed.is_in_a_row() || run.group.is_some() {
                     return Err("the source has ended in the middle of a row or of a group".to_owned());
                 }
                 let fence = Epoch(end.fence);
@@ -423,6 +400,25 @@ impl Mover {
                 Ok(run)
             }
         }
+    }
+
+    /// Rows of the open group. Copies that follow the log are not made to wait for its end.
+    async fn take_copied(&self, mut run: Run, rows: pb::MovedRows) -> Result<Run, String> {
+        let shard = self.shard()?;
+        if run.group.is_none() && !shard.database.tail().is_on() && run.refused_files < REFUSED_FILES_MAX {
+            let (replicator, reader, slots) = (&self.core.replicator, run.copied.clone(), self.taking.slots.clone());
+            run.group = Some(Group::begin(replicator, &shard, reader, slots, run.flush_ns, self.ending.clone()));
+        }
+        drop(shard);
+        if let Some(group) = &mut run.group {
+            group.add(rows).await?;
+            return Ok(run);
+        }
+        let written = self.blocking(move |core, shard, taking| {
+            write(core, shard, taking, run.flush_ns, &mut run.copied, &rows)?;
+            Ok(run)
+        });
+        written.await
     }
 
     /// Waits until all copies have the log up to this number that must.
@@ -484,17 +480,26 @@ fn write_out_if_needed(core: &Core) {
     }
 }
 
-/// Writes rows of a group: as a file if no copy follows the log, and no writes come in between.
-fn take_in(core: &Core, shard: &Shard, taking: &Taking, flush_ns: u64, rows: &[Row]) -> Result<(), TakeError> {
-    if rows.is_empty() {
+/// Takes a group in as the file that it was written to, or else as batches of the log.
+fn take_in(core: &Core, shard: &Shard, taking: &Taking, run: &mut Run, written: Written) -> Result<(), TakeError> {
+    let Written { messages, file, reader } = written;
+    let is_taken = match file {
+        Some(file) => ingest(shard, taking, run.flush_ns, &file)?,
+        None => true,
+    };
+    if is_taken {
+        run.copied = reader;
+        run.refused_files = 0;
         return Ok(());
     }
-    for _ in 0..INGEST_TRIES {
-        if shard.database.tail().is_on() {
-            break;
-        }
-        if shard.database.memory_rows() > 0 {
-            // A file that overlaps with memtables is not taken.
+    run.refused_files += 1;
+    messages.iter().try_for_each(|rows| write(core, shard, taking, run.flush_ns, &mut run.copied, rows))
+}
+
+/// Whether a file was taken in: not if copies follow the log by now, nor if writes come in between.
+fn ingest(shard: &Shard, taking: &Taking, flush_ns: u64, file: &MovedFile) -> Result<bool, TakeError> {
+    for is_written_out in [false, true] {
+        if is_written_out {
             shard.database.write_out_memtables()?;
         }
         // Whether copies follow changes with the shard's part.
@@ -502,17 +507,15 @@ fn take_in(core: &Core, shard: &Shard, taking: &Taking, flush_ns: u64, rows: &[R
         check(shard, taking)?;
         check_flush(shard, flush_ns)?;
         if shard.database.tail().is_on() {
-            break;
+            return Ok(false);
         }
         fail::fail_point!("resize::target_before_ingest");
-        if shard.database.ingest(rows.iter().map(|(key, row)| (&key[..], &row[..])))? {
+        if shard.database.ingest(file)? {
             fail::fail_point!("resize::target_ingested");
-            return Ok(());
+            return Ok(true);
         }
     }
-    write(shard, taking, flush_ns, rows)?;
-    write_out_if_needed(core);
-    Ok(())
+    Ok(false)
 }
 
 /// A flush here kills rows that are alive where they come from.
@@ -520,25 +523,34 @@ fn check_flush(shard: &Shard, flush_ns: u64) -> Result<(), TakeError> {
     if shard.flush_ns() == flush_ns { Ok(()) } else { Err(TakeError::Flushed) }
 }
 
-/// Writes rows as batches of the log. The shard does not own their slots: nothing of them is cached and no operation touches them.
-fn write(shard: &Shard, taking: &Taking, flush_ns: u64, mut rows: &[Row]) -> Result<(), TakeError> {
-    while !rows.is_empty() {
-        let mut bytes = 0;
-        let fits = |(key, row): &&Row| {
-            let is_first = bytes == 0;
-            bytes += key.len() + row.len();
-            is_first || bytes <= BATCH_BYTES
-        };
-        let (batch, rest) = rows.split_at(rows.iter().take_while(fits).count());
-        rows = rest;
-        let _still = shard.takes.hold_still();
-        check(shard, taking)?;
-        check_flush(shard, flush_ns)?;
-        let mut writes = shard.database.writes(batch.len(), bytes);
-        batch.iter().for_each(|(key, row)| writes.put_row(key, row));
-        shard.database.write(writes, Tier::Disk).inspect_err(|error| shard.meet(error))?;
-        shard.durability.wrote();
+/// Writes the rows of a message as one batch of the log: copies apply it at once, and what clients write waits for its turn. The shard does
+/// not own their slots: nothing of them is cached and no operation touches them.
+fn write(
+    core: &Core,
+    shard: &Shard,
+    taking: &Taking,
+    flush_ns: u64,
+    reader: &mut Reader,
+    message: &pb::MovedRows,
+) -> Result<(), TakeError> {
+    let bytes = message.packed.len().max(message.unpacked_bytes as usize);
+    let mut writes = shard.database.writes(message.rows as usize, bytes);
+    let mut is_empty = true;
+    reader.read(message, &taking.slots, flush_ns, |key, row| {
+        is_empty = false;
+        writes.put_row(key, row);
+        Ok::<_, TakeError>(())
+    })?;
+    if is_empty {
+        return Ok(());
     }
+    let still = shard.takes.hold_still();
+    check(shard, taking)?;
+    check_flush(shard, flush_ns)?;
+    shard.database.write(writes, Tier::Disk).inspect_err(|error| shard.meet(error))?;
+    shard.durability.wrote();
+    drop(still);
+    write_out_if_needed(core);
     Ok(())
 }
 
@@ -549,7 +561,7 @@ fn drain(shard: &Shard, taking: &Taking, run: &Run, end: &pb::MoveEnd) -> Result
     check_flush(shard, run.flush_ns)?;
     let database = &shard.database;
     // What a client writes here then wins over what it could read there.
-    let above_ns = end.stamps_above_ns.max(run.largest_ns);
+    let above_ns = end.stamps_above_ns.max(run.copied.largest_ns).max(run.changed.largest_ns);
     shard.stamps.rise_above(above_ns, database).inspect_err(|error| shard.meet(error))?;
     let mut note = shard.takes.note().of(taking.operation);
     note.moves.insert(taking.source, Epoch(end.fence));
